@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ml.errors import UserError, exit_on_user_error
 
@@ -87,8 +88,12 @@ def parse_params(raw: object, source: str) -> Params:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")
-            message = {"missing": "is missing", "extra_forbidden": "is not a known key"}.get(problem["type"], message)
-            found = "" if problem["type"] in ("missing", "value_error") else f" (found: {problem['input']!r:.80})"
+            message = {"missing": "is missing", "extra_forbidden": "is not a known key"}.get(
+                problem["type"], message
+            )
+            found = (
+                "" if problem["type"] in ("missing", "value_error") else f" (found: {problem['input']!r:.80})"
+            )
             lines.append(f"  {key}: {message}{found}")
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise UserError(f"{source} has {count}; nothing was run:\n" + "\n".join(lines)) from None
@@ -127,7 +132,9 @@ def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
     Nothing is written unless the result is valid.
     """
     tree, overrides = read_yaml(path), plain(read_yaml(preset))
-    if not isinstance(overrides, dict) or not all(isinstance(section, dict) for section in overrides.values()):
+    if not isinstance(overrides, dict) or not all(
+        isinstance(section, dict) for section in overrides.values()
+    ):
         raise UserError(f"{preset}: expected sections with keys, like those of {path}.")
     for section, values in overrides.items():
         if not isinstance(tree.get(section), dict):
@@ -143,7 +150,9 @@ def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ml.params", description="Check params.yaml, or apply a preset.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ml.params", description="Check params.yaml, or apply a preset."
+    )
     parser.add_argument("--preset", type=Path, help="YAML file whose values replace those in params.yaml")
     arguments = parser.parse_args()
     if arguments.preset:

@@ -1,0 +1,71 @@
+"""Checkpoints of a training under way: model, optimizer, place and curve, as safetensors (no pickle), written atomically."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ml import files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int  # steps done
+    model: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
+    best: dict[str, Tensor]  # weights of the best epoch so far; empty before the first
+    losses: Tensor  # (k,) of the steps since the last point of the curve
+    history: dict[str, list[dict[str, Any]]]  # as ml.fit.History
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model.load_state_dict(self.model)
+        optimizer.load_state_dict(
+            {"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+
+
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: dict[str, Tensor],
+    losses: Tensor,
+    step: int,
+    history: dict[str, Any],
+) -> None:
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"best/{name}": value for name, value in best.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    tensors["losses"] = losses
+    contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    files.write_bytes(
+        path, to_bytes(contiguous, {"progress": json.dumps({"step": step, "history": history})})
+    )
+
+
+def load(path: Path) -> Checkpoint | None:
+    """The checkpoint in `path`; None when there is none, or when a crash of the machine left it unreadable."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            progress = json.loads(opened.metadata()["progress"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (FileNotFoundError, SafetensorError):
+        return None
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        if group in groups:
+            groups[group][rest] = value
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for name, value in groups["optimizer"].items():
+        index, _, key = name.partition("/")
+        optimizer.setdefault(int(index), {})[key] = value
+    return Checkpoint(
+        progress["step"], groups["model"], optimizer, groups["best"], tensors["losses"], progress["history"]
+    )

@@ -1,0 +1,302 @@
+"""The training loop: one model, one seed, on one device or over the processes of torchrun.
+
+All that is random comes from (seed, epoch) alone, so a run that goes on from a checkpoint, wherever it was
+killed, sees the same batches and ends in the same weights, bit for bit.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ml import checkpoint
+from ml.errors import UserError
+from ml.params import TrainParams
+
+BETWEEN_REPORTS = 0.2  # seconds; a report costs a message to another process
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Examples kept whole on the device that trains on them: images (N, H, W) uint8; labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def from_arrays(cls, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> "Resident":
+        return cls(torch.from_numpy(images), torch.from_numpy(labels))
+
+    def to(self, device: torch.device) -> "Resident":
+        return Resident(self.images.to(device), self.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """A point of the training curve: the mean loss of the steps since the point before."""
+
+    step: int  # steps done, over all epochs
+    epoch: float
+    learning_rate: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """The validation part after an epoch: mean negative log-likelihood, share of right answers."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class History:
+    train: list[TrainPoint] = field(default_factory=list)
+    validation: list[ValidationPoint] = field(default_factory=list)
+
+    @property
+    def best(self) -> ValidationPoint:
+        """The epoch with the lowest validation loss; the earliest of equals."""
+        return min(self.validation, key=lambda point: point.loss)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`state`: the weights of the epoch with the lowest validation loss, on the CPU."""
+
+    state: dict[str, Tensor]
+    history: History
+
+
+@dataclass(frozen=True)
+class Progress:
+    samples: int  # seen so far, over all epochs
+    loss: float
+    validation_accuracy: float | None
+
+
+def fit(
+    model: nn.Module,
+    train: Resident,
+    validation: Resident,
+    params: TrainParams,
+    seed: int,
+    device: torch.device,
+    checkpoint_file: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Fitted:
+    """Fit `model` on `train`; keep the epoch with the lowest validation loss.
+
+    Under torchrun every process calls this alike; each takes its share of every batch of `params.batch_size`.
+
+    Raises:
+        UserError: the batches do not fit the data or the processes, or a loss is not finite.
+    """
+    rank, world = process_rank_and_count()
+    check_batches(len(train), params, world)
+    steps_per_epoch = len(train) // params.batch_size
+    total_steps = params.epochs * steps_per_epoch
+    share = params.batch_size // world
+
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train, validation = train.to(device), validation.to(device)
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=params.learning_rate, betas=(params.betas[0], params.betas[1]), fused=True
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16) if use_bfloat16(params, device) else nullcontext()
+
+    history, best_state, losses, first_step = History(), {}, [], 0
+    saved = checkpoint.load(checkpoint_file) if checkpoint_file and rank == 0 else None
+    saved = from_first_process(saved)
+    if saved:
+        saved.restore(model, optimizer)
+        best_state, first_step = saved.best, saved.step
+        history = History(
+            [TrainPoint(**point) for point in saved.history["train"]],
+            [ValidationPoint(**point) for point in saved.history["validation"]],
+        )
+        losses = list(saved.losses.to(device))
+
+    last_checkpoint = last_report = time.monotonic()
+    order, shifts = torch.empty(0), torch.empty(0)
+    for step in range(first_step, total_steps):
+        epoch, batch = divmod(step, steps_per_epoch)
+        if batch == 0 or step == first_step:
+            order, shifts = plan_epoch(seed, epoch, len(train), params.shift_pixels)
+        rows = slice(batch * params.batch_size + rank * share, batch * params.batch_size + (rank + 1) * share)
+        examples = order[rows].to(device)
+        images = train.images[examples]
+        if params.shift_pixels:
+            images = shift(images, shifts[rows].to(device))
+
+        with autocast:
+            loss = F.cross_entropy(
+                parallel(images), train.labels[examples], label_smoothing=params.label_smoothing
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, params)
+        optimizer.step()
+        losses.append(loss.detach())
+
+        done = step + 1
+        if done % params.log_every == 0 or done == total_steps:
+            mean_loss = finite_mean(losses, first=done - len(losses), seed=seed, params=params)
+            rate = learning_rate(step, total_steps, params)
+            history.train.append(TrainPoint(done, done / steps_per_epoch, rate, mean_loss))
+            losses = []
+        if done % steps_per_epoch == 0:
+            loss_value, accuracy = evaluate(model, validation)
+            if not math.isfinite(loss_value):
+                raise diverged(seed, f"the validation loss after epoch {epoch + 1} is {loss_value}", params)
+            history.validation.append(ValidationPoint(done, epoch + 1, loss_value, accuracy))
+            if history.best.step == done:
+                best_state = {
+                    name: value.detach().cpu().clone() for name, value in model.state_dict().items()
+                }
+
+        now = time.monotonic()
+        if rank == 0 and (now - last_report > BETWEEN_REPORTS or done == total_steps):
+            accuracy_so_far = history.validation[-1].accuracy if history.validation else None
+            recent = losses[-1].item() if losses else history.train[-1].loss
+            on_progress(Progress(done * params.batch_size, recent, accuracy_so_far))
+            last_report = now
+        if (
+            checkpoint_file
+            and rank == 0
+            and (now - last_checkpoint >= params.checkpoint_seconds or done == total_steps)
+        ):
+            pending = torch.stack(losses).cpu() if losses else torch.empty(0)
+            checkpoint.save(checkpoint_file, model, optimizer, best_state, pending, done, asdict(history))
+            last_checkpoint = now
+    return Fitted(best_state, history)
+
+
+def process_rank_and_count() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_first_process(value: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint that process 0 has, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def check_batches(examples: int, params: TrainParams, world: int) -> None:
+    """Raises UserError when `params.batch_size` is larger than the training part or does not split over processes."""
+    if params.batch_size > examples:
+        raise UserError(
+            f"train.batch_size is {params.batch_size}, but the training part has {examples} examples. "
+            f"Set train.batch_size in params.yaml to {examples} or less."
+        )
+    if params.batch_size % world:
+        raise UserError(
+            f"train.batch_size is {params.batch_size}, which {world} processes cannot share evenly. "
+            f"Set it in params.yaml to a multiple of {world}."
+        )
+
+
+def plan_epoch(seed: int, epoch: int, examples: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """The order of the examples, (N,) int64, and how far each image moves, (N, 2) int64 in ±`pixels` (down, right).
+
+    Drawn on the CPU from (seed, epoch) alone, so every device and every process has the same plan.
+    """
+    generator = torch.Generator().manual_seed((seed << 20) + epoch + 1)
+    order = torch.randperm(examples, generator=generator)
+    shifts = torch.randint(-pixels, pixels + 1, (examples, 2), generator=generator)
+    return order, shifts
+
+
+def shift(images: Tensor, shifts: Tensor) -> Tensor:
+    """Move each (H, W) image of (B, H, W) down and right by its row of `shifts`; what comes in is 0."""
+    batch, height, width = images.shape
+    pixels = int(shifts.abs().max()) if images.device.type == "cpu" else 8
+    padded = F.pad(images, (pixels, pixels, pixels, pixels))
+    rows = torch.arange(height, device=images.device) + pixels - shifts[:, :1]  # (B, H)
+    columns = torch.arange(width, device=images.device) + pixels - shifts[:, 1:]  # (B, W)
+    which = torch.arange(batch, device=images.device)
+    return padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def learning_rate(step: int, total_steps: int, params: TrainParams) -> float:
+    """The learning rate of step 0..total_steps-1, at most `params.learning_rate`."""
+    if params.schedule == "constant":
+        return params.learning_rate
+    warmup = params.warmup_fraction * total_steps
+    if step + 1 <= warmup:
+        return params.learning_rate * (step + 1) / warmup
+    left = (total_steps - step) / (total_steps - warmup)  # 1 after the warm-up, towards 0 at the end
+    factor = (
+        min(left, 1.0) if params.schedule == "triangular" else (1 - math.cos(math.pi * min(left, 1.0))) / 2
+    )
+    return params.learning_rate * factor
+
+
+def use_bfloat16(params: TrainParams, device: torch.device) -> bool:
+    """Whether to train in bfloat16: as `params.precision` says; by `auto` only where the processor is built for it."""
+    if params.precision != "auto":
+        return params.precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def finite_mean(losses: list[Tensor], first: int, seed: int, params: TrainParams) -> float:
+    """Mean of the losses of the steps from `first`, over all processes. One synchronisation for all of them."""
+    values = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise diverged(seed, f"the loss at step {first + step + 1} is {values[step].item()}", params)
+    return float(values.double().mean())
+
+
+def diverged(seed: int, what: str, params: TrainParams) -> UserError:
+    return UserError(
+        f"training with seed {seed} diverged: {what}.\n"
+        f"Lower train.learning_rate in params.yaml (now {params.learning_rate}), raise train.warmup_fraction, "
+        f"or set train.precision to float32."
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Resident, batch_size: int = 1000) -> tuple[float, float]:
+    """Mean negative log-likelihood and accuracy of `model` on `examples`, in float32."""
+    log_probabilities = predict(model, examples.images, batch_size)
+    loss = F.nll_loss(log_probabilities, examples.labels)
+    accuracy = (log_probabilities.argmax(1) == examples.labels).double().mean()
+    return float(loss), float(accuracy)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """Log-probabilities (N, classes) float32 of (N, H, W) uint8 images, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    outputs = torch.cat([model(batch) for batch in torch.split(images, batch_size)])
+    model.train(was_training)
+    return outputs
