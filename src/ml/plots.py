@@ -14,6 +14,7 @@ from ml.metrics import ClassScores, Estimate, ReliabilityBin
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#d9731a", "#8a8f98", "#b3261e"
 DPI = 150
+FEW = 20  # predictions in a confidence bin, below which its accuracy says little
 
 
 def png(figure: Figure) -> bytes:
@@ -40,7 +41,7 @@ def training_curves(train: pd.DataFrame, validation: pd.DataFrame) -> Figure:
     """Loss and validation accuracy over the epochs: a thin line per seed, a thick one for their mean."""
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
-    draw_seeds(left, train, "train_loss", BLUE, "training (smoothed targets, moved images)")
+    draw_seeds(left, train, "train_loss", BLUE, "training")
     draw_seeds(left, validation, "validation_loss", ORANGE, "validation", marker="o")
     left.set_yscale("log")
     tidy(left, "Loss", "epoch", "cross-entropy")
@@ -120,10 +121,18 @@ def reliability(bins: list[ReliabilityBin], calibration_error: Estimate) -> Figu
     """How often the model is right where it says it is this sure; below, how often it is this sure."""
     figure = new_figure(5, 5.5)
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    filled = [each for each in bins if each.examples]
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
+    few = [each for each in bins if 0 < each.examples < FEW]
+    enough = [each for each in bins if each.examples >= FEW]
     upper.plot(
-        [b.confidence for b in filled], [b.accuracy for b in filled], "o-", color=BLUE, label="this model"
+        [b.confidence for b in enough], [b.accuracy for b in enough], "o-", color=BLUE, label="this model"
+    )
+    upper.plot(
+        [b.confidence for b in few],
+        [b.accuracy for b in few],
+        "o",
+        color=GREY,
+        label=f"under {FEW} predictions",
     )
     upper.set_ylim(0, 1.02)
     tidy(
@@ -152,8 +161,8 @@ def contact_sheet(images: NDArray[np.uint8], captions: list[str], title: str, co
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
-        axes.axis("off")
+        axes.set_axis_off()
     for axes, image, caption in zip(grid.flat, images, captions):
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=8, y=-0.02, va="top")
+        axes.text(0.5, -0.04, caption, fontsize=8, ha="center", va="top", transform=axes.transAxes)
     return figure

@@ -36,6 +36,15 @@ class Settings(BaseSettings):
     repo_token: SecretStr | None = None
     gitlab_token: SecretStr | None = None
 
+    # Training
+    train_processes: Annotated[int, Field(ge=1)] | None = (
+        None  # seeds at a time; as many as the machine has room for
+    )
+
+    # MLflow
+    mlflow_tracking_uri: str = "sqlite:///mlflow.db"
+    mlflow_experiment_name: str = "ml"
+
     @property
     def comment_token(self) -> SecretStr | None:
         """REPO_TOKEN, else GITLAB_TOKEN: the names and the order that CML uses."""
@@ -64,4 +73,6 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         lines = [f"  {str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors()]
-        raise UserError("The environment has bad variables; correct or unset them:\n" + "\n".join(lines)) from None
+        raise UserError(
+            "The environment has bad variables; correct or unset them:\n" + "\n".join(lines)
+        ) from None

@@ -27,7 +27,7 @@ from ml.files import Examples, Split
 from ml.fit import Fitted, Resident, fit, process_rank_and_count, use_bfloat16
 from ml.parallel import Report, choose_device
 from ml.params import Params, TrainParams, load_params
-from ml.settings import Settings
+from ml.settings import load_settings
 from ml.task.model import build_model
 
 
@@ -149,7 +149,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    params, settings = load_params(), Settings()
+    params, settings = load_params(), load_settings()
     with measured("train") as notes:
         checkpoints = files.CHECKPOINTS / fingerprint(params)
         fit_seed = partial(train_seed, params, checkpoints)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ml import files
 from ml.errors import UserError, exit_on_user_error
 from ml.files import Examples
+from ml.params import load_params
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -230,18 +231,23 @@ def size(images: NDArray[np.uint8]) -> str:
 def main() -> None:
     from ml.task import fetch
 
-    parser = argparse.ArgumentParser(prog="python -m ml.task.dataset", description="Get a known data set.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "fetch", help="download, verify and unpack a data set; digits needs no network"
+    parser = argparse.ArgumentParser(prog="python -m ml.task.dataset", description="Get the raw data.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    known = commands.add_parser(
+        "fetch", help="download, verify and unpack a known set; digits needs no network"
     )
-    command.add_argument("name", choices=sorted(CLASS_NAMES))
-    command.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="folder for the four IDX files"
-    )
-    command.add_argument("--mirror", metavar="URL|DIR", help="take the files, packed or not, from here alone")
+    known.add_argument("name", choices=sorted(CLASS_NAMES))
+    known.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the four IDX files")
+    tracked = commands.add_parser("restore", help="make data/ what data.dvc says: from DVC, else by fetch")
+    for command in (known, tracked):
+        command.add_argument(
+            "--mirror", metavar="URL|DIR", help="take the files, packed or not, from here alone"
+        )
     arguments = parser.parse_args()
-    fetch.fetch(arguments.name, arguments.to, arguments.mirror)
+    if arguments.command == "fetch":
+        fetch.fetch(arguments.name, arguments.to, arguments.mirror)
+    else:
+        fetch.restore(load_params().load.dataset, arguments.mirror)
 
 
 if __name__ == "__main__":

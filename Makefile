@@ -1,0 +1,61 @@
+# Every target makes what it needs, the virtual environment first. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# On Linux, PyPI's torch brings CUDA (gigabytes). For a machine without a GPU:
+#   make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+EXTRAS := train,pipeline,track,report,serve,dev
+# Stages run as `python -m …`, by dvc and by hand, so the environment comes first on the path.
+export PATH := $(abspath $(BIN)):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup data run report lint test demo bench preset constraints clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+setup: $(INSTALLED)  ## make the virtual environment in .venv, with every package pinned by constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and alone: then nothing that depends on it can choose another build.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+data: setup  ## put the raw data of data.dvc into data/: from the DVC remote, else from the published mirrors
+	python -m ml.task.dataset restore
+
+run: setup  ## run what has changed of load → preprocess → train → evaluate, and write the model card
+	dvc repro
+
+preset: setup  ## write a preset into params.yaml: make preset NAME=essay
+	python -m ml.params --preset presets/$(NAME).yaml
+
+lint: setup  ## black, mypy (strict), pyflakes, import-linter
+	black --check --quiet . || { black --check . ; exit 1; }
+	mypy
+	pyflakes src tests benchmarks demo
+	lint-imports --no-cache
+
+test: lint  ## lint, then every test; ends with pytest's summary
+	pytest --cov --cov-report=term:skip-covered --cov-report=xml --junitxml=junit.xml $(PYTEST)
+
+demo: setup  ## a merge request's life on embedded digits, in a scratch workspace, with no download
+	python demo/run.py
+
+bench: setup  ## benchmarks beside their peers, written to reports/bench/
+	python -m benchmarks
+
+constraints:  ## pin what a fresh installation of pyproject.toml resolves to today
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## remove the virtual environment and what the demo and the tests left
+	rm -rf $(VENV) demo/workspace .checkpoints .mypy_cache .pytest_cache .hypothesis dvc_plots
