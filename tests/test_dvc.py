@@ -66,4 +66,6 @@ def test_deps_name_exactly_the_modules_that_the_stage_imports(stage: str) -> Non
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_output_is_cached(stage: str) -> None:
     outputs = [out for key in ("outs", "metrics", "plots") for out in STAGES[stage].get(key, [])]
-    assert outputs and all(isinstance(out, str) for out in outputs), "an output with options may have cache: false"
+    assert outputs and all(
+        isinstance(out, str) for out in outputs
+    ), "an output with options may have cache: false"

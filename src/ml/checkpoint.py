@@ -24,6 +24,12 @@ class Checkpoint:
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.model)
+        # A fused optimizer walks through the memory of weights and moments alike, so both need one layout
+        # (channels_last, say), which load_state_dict does not see to.
+        for state, parameter in zip(self.optimizer.values(), model.parameters()):
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
         optimizer.load_state_dict(
             {"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]}
         )

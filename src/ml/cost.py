@@ -13,9 +13,9 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 @contextmanager
-def measured(stage: str) -> Iterator[dict[str, str]]:
+def measured(stage: str) -> Iterator[dict[str, str | float]]:
     """Write the seconds and peak memory of the block, with what it adds to the yielded dictionary (such as a device)."""
-    notes: dict[str, str] = {}
+    notes: dict[str, str | float] = {}
     start = time.perf_counter()
     yield notes
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

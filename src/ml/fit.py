@@ -5,6 +5,7 @@ killed, sees the same batches and ends in the same weights, bit for bit.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -77,10 +78,12 @@ class History:
 
 @dataclass(frozen=True)
 class Fitted:
-    """`state`: the weights of the epoch with the lowest validation loss, on the CPU."""
+    """`state`: the weights of the epoch with the lowest validation loss, on the CPU. `seconds`: of this call."""
 
     state: dict[str, Tensor]
     history: History
+    seconds: float
+    process: int
 
 
 @dataclass(frozen=True)
@@ -107,86 +110,125 @@ def fit(
     Raises:
         UserError: the batches do not fit the data or the processes, or a loss is not finite.
     """
+    started = time.monotonic()
     rank, world = process_rank_and_count()
     check_batches(len(train), params, world)
-    steps_per_epoch = len(train) // params.batch_size
-    total_steps = params.epochs * steps_per_epoch
-    share = params.batch_size // world
-
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train, validation = train.to(device), validation.to(device)
+    batches, validation = Batches(train.to(device), params, seed, rank, world), validation.to(device)
+    total_steps = params.epochs * len(batches)
     parallel = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=params.learning_rate, betas=(params.betas[0], params.betas[1]), fused=True
-    )
     autocast = torch.autocast(device.type, torch.bfloat16) if use_bfloat16(params, device) else nullcontext()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(params.betas[0], params.betas[1]), fused=True)
+    run = Run(model, optimizer, checkpoint_file)
+    last_checkpoint = last_report = started
 
-    history, best_state, losses, first_step = History(), {}, [], 0
-    saved = checkpoint.load(checkpoint_file) if checkpoint_file and rank == 0 else None
-    saved = from_first_process(saved)
-    if saved:
-        saved.restore(model, optimizer)
-        best_state, first_step = saved.best, saved.step
-        history = History(
-            [TrainPoint(**point) for point in saved.history["train"]],
-            [ValidationPoint(**point) for point in saved.history["validation"]],
-        )
-        losses = list(saved.losses.to(device))
-
-    last_checkpoint = last_report = time.monotonic()
-    order, shifts = torch.empty(0), torch.empty(0)
-    for step in range(first_step, total_steps):
-        epoch, batch = divmod(step, steps_per_epoch)
-        if batch == 0 or step == first_step:
-            order, shifts = plan_epoch(seed, epoch, len(train), params.shift_pixels)
-        rows = slice(batch * params.batch_size + rank * share, batch * params.batch_size + (rank + 1) * share)
-        examples = order[rows].to(device)
-        images = train.images[examples]
-        if params.shift_pixels:
-            images = shift(images, shifts[rows].to(device))
-
+    for step in range(run.done, total_steps):
+        images, labels = batches.at(step)
         with autocast:
-            loss = F.cross_entropy(
-                parallel(images), train.labels[examples], label_smoothing=params.label_smoothing
-            )
+            loss = F.cross_entropy(parallel(images), labels, label_smoothing=params.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        rate = learning_rate(step, total_steps, params)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total_steps, params)
+            group["lr"] = rate
         optimizer.step()
-        losses.append(loss.detach())
 
-        done = step + 1
-        if done % params.log_every == 0 or done == total_steps:
-            mean_loss = finite_mean(losses, first=done - len(losses), seed=seed, params=params)
-            rate = learning_rate(step, total_steps, params)
-            history.train.append(TrainPoint(done, done / steps_per_epoch, rate, mean_loss))
-            losses = []
-        if done % steps_per_epoch == 0:
-            loss_value, accuracy = evaluate(model, validation)
-            if not math.isfinite(loss_value):
-                raise diverged(seed, f"the validation loss after epoch {epoch + 1} is {loss_value}", params)
-            history.validation.append(ValidationPoint(done, epoch + 1, loss_value, accuracy))
-            if history.best.step == done:
-                best_state = {
-                    name: value.detach().cpu().clone() for name, value in model.state_dict().items()
-                }
-
+        run.count(loss.detach())
+        last_step = run.done == total_steps
+        if run.done % params.log_every == 0 or last_step:
+            run.log(run.done / len(batches), rate, seed, params)
+        if run.done % len(batches) == 0:
+            run.validate(validation, run.done // len(batches), seed, params)
         now = time.monotonic()
-        if rank == 0 and (now - last_report > BETWEEN_REPORTS or done == total_steps):
-            accuracy_so_far = history.validation[-1].accuracy if history.validation else None
-            recent = losses[-1].item() if losses else history.train[-1].loss
-            on_progress(Progress(done * params.batch_size, recent, accuracy_so_far))
+        if rank == 0 and (now - last_report >= BETWEEN_REPORTS or last_step):
+            on_progress(run.progress(params.batch_size))
             last_report = now
-        if (
-            checkpoint_file
-            and rank == 0
-            and (now - last_checkpoint >= params.checkpoint_seconds or done == total_steps)
-        ):
-            pending = torch.stack(losses).cpu() if losses else torch.empty(0)
-            checkpoint.save(checkpoint_file, model, optimizer, best_state, pending, done, asdict(history))
+        if rank == 0 and (now - last_checkpoint >= params.checkpoint_seconds or last_step):
+            run.save()
             last_checkpoint = now
-    return Fitted(best_state, history)
+    return Fitted(run.best_state, run.history, time.monotonic() - started, os.getpid())
+
+
+class Batches:
+    """This process's share of each batch, by the number of the step. An epoch leaves out what fills no batch."""
+
+    def __init__(self, train: Resident, params: TrainParams, seed: int, rank: int, world: int) -> None:
+        self.train, self.seed, self.rank = train, seed, rank
+        self.batch_size, self.share = params.batch_size, params.batch_size // world
+        self.pixels = params.shift_pixels
+        self.epoch = -1
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self.train) // self.batch_size
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """images (share, H, W) uint8, moved at random; labels (share,) int64."""
+        epoch, batch = divmod(step, len(self))
+        if epoch != self.epoch:
+            order, shifts = plan_epoch(self.seed, epoch, len(self.train), self.pixels)
+            self.order, self.shifts = order.to(self.train.labels.device), shifts.to(self.train.labels.device)
+            self.epoch = epoch
+        first = batch * self.batch_size + self.rank * self.share
+        rows = slice(first, first + self.share)
+        images = self.train.images[self.order[rows]]
+        if self.pixels:
+            images = shift(images, self.shifts[rows], self.pixels)
+        return images, self.train.labels[self.order[rows]]
+
+
+class Run:
+    """All that changes during a training, and that a checkpoint therefore holds."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, file: Path | None) -> None:
+        """Goes on from the checkpoint in `file`, if there is one."""
+        self.model, self.optimizer, self.file = model, optimizer, file
+        self.done = 0  # steps
+        self.losses: list[Tensor] = []  # of the steps since the last point of the curve, on the device
+        self.best_state: dict[str, Tensor] = {}
+        self.history = History()
+        saved = checkpoint.load(file) if file and process_rank_and_count()[0] == 0 else None
+        saved = from_first_process(saved)
+        if saved:
+            saved.restore(model, optimizer)
+            self.done, self.best_state, self.losses = saved.step, saved.best, list(saved.losses)
+            self.history = History(
+                [TrainPoint(**point) for point in saved.history["train"]],
+                [ValidationPoint(**point) for point in saved.history["validation"]],
+            )
+
+    def count(self, loss: Tensor) -> None:
+        self.losses.append(loss)
+        self.done += 1
+
+    def log(self, epoch: float, rate: float, seed: int, params: TrainParams) -> None:
+        """Add a point to the training curve."""
+        first = self.done - len(self.losses)
+        mean = finite_mean([loss.to(self.losses[-1].device) for loss in self.losses], first, seed, params)
+        self.history.train.append(TrainPoint(self.done, epoch, rate, mean))
+        self.losses = []
+
+    def validate(self, validation: Resident, epoch: int, seed: int, params: TrainParams) -> None:
+        """Add a point to the validation curve; keep the weights if it is the best."""
+        loss, accuracy = evaluate(self.model, validation)
+        if not math.isfinite(loss):
+            raise diverged(seed, f"the validation loss after epoch {epoch} is {loss}", params)
+        self.history.validation.append(ValidationPoint(self.done, epoch, loss, accuracy))
+        if self.history.best.epoch == epoch:
+            self.best_state = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def progress(self, batch_size: int) -> Progress:
+        loss = self.losses[-1].item() if self.losses else self.history.train[-1].loss
+        accuracy = self.history.validation[-1].accuracy if self.history.validation else None
+        return Progress(self.done * batch_size, loss, accuracy)
+
+    def save(self) -> None:
+        if self.file:
+            losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
+            history = asdict(self.history)
+            checkpoint.save(
+                self.file, self.model, self.optimizer, self.best_state, losses, self.done, history
+            )
 
 
 def process_rank_and_count() -> tuple[int, int]:
@@ -228,10 +270,9 @@ def plan_epoch(seed: int, epoch: int, examples: int, pixels: int) -> tuple[Tenso
     return order, shifts
 
 
-def shift(images: Tensor, shifts: Tensor) -> Tensor:
-    """Move each (H, W) image of (B, H, W) down and right by its row of `shifts`; what comes in is 0."""
+def shift(images: Tensor, shifts: Tensor, pixels: int) -> Tensor:
+    """Move each (H, W) image of (B, H, W) down and right by its row of `shifts`, in ±`pixels`; what comes in is 0."""
     batch, height, width = images.shape
-    pixels = int(shifts.abs().max()) if images.device.type == "cpu" else 8
     padded = F.pad(images, (pixels, pixels, pixels, pixels))
     rows = torch.arange(height, device=images.device) + pixels - shifts[:, :1]  # (B, H)
     columns = torch.arange(width, device=images.device) + pixels - shifts[:, 1:]  # (B, W)

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from ml import files, metrics, plots
 from ml.cost import measured
-from ml.errors import exit_on_user_error
+from ml.errors import UserError, exit_on_user_error
 from ml.files import Examples, Predictions, Split
 from ml.fit import predict
 from ml.metrics import ClassScores, Estimate, ReliabilityBin
@@ -26,10 +27,20 @@ def predict_with_every_seed(params: Params, test: Examples, split: Split) -> Pre
     probabilities = []
     for seed in params.train.seeds:
         model = build_model(params.model, (height, width), len(test.class_names), split.mean, split.std)
-        weights = files.load_weights(files.seed_weights(seed))
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        put_weights(model, files.seed_weights(seed))
         probabilities.append(predict(model.to(device), images).exp().cpu().numpy())
     return Predictions(test.ids, test.labels, np.array(params.train.seeds), np.stack(probabilities))
+
+
+def put_weights(model: nn.Module, path: Path) -> None:
+    """Raises UserError when the file's tensors are not those of `model`."""
+    weights = {name: torch.from_numpy(value) for name, value in files.load_weights(path).items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} holds the weights of another network: {error}\nRun `dvc repro train`, or `dvc checkout {path.parent}`."
+        ) from None
 
 
 def mistake_sheet(test: Examples, predictions: Predictions, count: int) -> bytes:

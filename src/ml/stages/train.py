@@ -148,6 +148,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": float(f"{np.mean(values):.6g}"), "seed_std": float(f"{std:.6g}")}
 
 
+def fit_seconds(fitted: list[Fitted]) -> float:
+    """Seconds in the training loops alone: of the process that had the most to do."""
+    busy: dict[int, float] = {}
+    for each in fitted:
+        busy[each.process] = busy.get(each.process, 0.0) + each.seconds
+    return round(max(busy.values()), 2)
+
+
 def main() -> None:
     params, settings = load_params(), load_settings()
     with measured("train") as notes:
@@ -159,7 +167,7 @@ def main() -> None:
             workers = parallel.worker_count(params.train, settings.train_processes)
             fitted = parallel.fit_side_by_side(fit_seed, params.train, workers, total_samples(params.train))
         if process_rank_and_count()[0] == 0:
-            notes["device"] = str(choose_device(params.train))
+            notes |= {"device": str(choose_device(params.train)), "fit_seconds": fit_seconds(fitted)}
             save_results(params, fitted)
             tracking.log_training(params, fitted, settings)
             shutil.rmtree(files.CHECKPOINTS)

@@ -210,7 +210,7 @@ def copy_files(name: str, source: Path, folder: Path) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 handwritten 8×8 digits as 28×28 IDX files, 1,438 to train and 359 to test."""
+    """scikit-learn's 1,797 handwritten 8×8 digits as 28×28 IDX files, 1,437 to train and 360 to test."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
