@@ -50,11 +50,12 @@ demo: setup  ## a merge request's life on embedded digits, in a scratch workspac
 bench: setup  ## benchmarks beside their peers, written to reports/bench/
 	python -m benchmarks
 
-constraints:  ## pin what a fresh installation of pyproject.toml resolves to today
+constraints:  ## pin what a fresh installation of pyproject.toml resolves to today; torch stays until changed by hand
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	grep -E '^(torch|torchvision)==' constraints.txt > $(VENV)/torch.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt torch
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean:  ## remove the virtual environment and what the demo and the tests left

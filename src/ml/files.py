@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +48,19 @@ PLOTS = REPORTS / "plots"
 
 COST = REPORTS / "cost"  # seconds and memory of each stage: differs from run to run, so no DVC output
 CHECKPOINTS = Path(".checkpoints")  # outside DVC, which deletes a stage's outputs before it runs
+
+
+# What numpy and zipfile raise on files that are torn, or no .npz at all; RuntimeError: a flipped bit says encrypted.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             "Make room or mend the permissions, then run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, there is nothing to remove
+            temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -128,6 +144,11 @@ def read_bytes(path: Path, made_by: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run `dvc repro {made_by}`, or `dvc pull {path}`.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read: {error.strerror}. Remove it, then run `dvc checkout --force {path}`, "
+            f"or `dvc repro --force {made_by}`."
+        ) from None
 
 
 def read_json(path: Path, made_by: str) -> Any:
@@ -135,7 +156,7 @@ def read_json(path: Path, made_by: str) -> Any:
         return json.loads(read_bytes(path, made_by))
     except ValueError as error:
         raise UserError(
-            f"{path} is not JSON ({error}). Run `dvc checkout --force`, or `dvc repro {made_by}`."
+            f"{path} is not JSON ({error}). Run `dvc checkout --force {path}`, or `dvc repro --force {made_by}`."
         ) from None
 
 
@@ -174,7 +195,7 @@ def seed_weights(seed: int) -> Path:
 def save_weights(path: Path, weights: dict[str, NDArray[Any]]) -> None:
     from safetensors.numpy import save
 
-    write_bytes(path, save({name: np.ascontiguousarray(value) for name, value in weights.items()}))
+    write_bytes(path, save({name: np.asarray(value, order="C") for name, value in weights.items()}))
 
 
 def load_weights(path: Path) -> dict[str, NDArray[Any]]:
@@ -184,7 +205,7 @@ def load_weights(path: Path) -> dict[str, NDArray[Any]]:
 
     try:
         weights: dict[str, NDArray[Any]] = load(read_bytes(path, "train"))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that numpy has not
         raise UserError(
             f"{path} is not a safetensors file ({error}). Run `dvc checkout --force {path}`."
         ) from None
@@ -212,7 +233,7 @@ def load_arrays(path: Path, made_by: str, names: tuple[str, ...]) -> dict[str, N
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path} does not hold the arrays {', '.join(names)} ({error}).\n"
             f"Run `dvc checkout --force {path}`, or `dvc repro --force {made_by}`."

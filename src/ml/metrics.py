@@ -46,15 +46,19 @@ def estimate(predictions: Predictions, resamples: int, bins: int) -> dict[str, E
 
     drawn: dict[str, list[Floats]] = {name: [] for name in points[0]}
     for weights in bootstrap_weights(examples, resamples):
-        resampled = [from_sums(weights, *each) for each in sums]
+        redrawn = [from_sums(weights, *each) for each in sums]
         for name in drawn:
-            drawn[name].append(np.mean([seed[name] for seed in resampled], axis=0))
+            drawn[name].append(np.mean([seed[name] for seed in redrawn], axis=0))
 
     tail = (1 - CONFIDENCE) / 2
     result = {}
     for name, pieces in drawn.items():
         per_seed = np.array([float(point[name][0]) for point in points])
-        low, high = np.quantile(np.concatenate(pieces), [tail, 1 - tail])
+        resampled = np.concatenate(pieces)
+        if name == "calibration_error":
+            # Resampling adds noise to the gaps, and all of it counts as error: centre the draws on the estimate again.
+            resampled = np.maximum(resampled - resampled.mean() + per_seed.mean(), 0)
+        low, high = np.quantile(resampled, [tail, 1 - tail])
         spread = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
         result[name] = Estimate(
             float(per_seed.mean()), float(low), float(high), spread, tuple(per_seed.tolist())

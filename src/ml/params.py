@@ -2,17 +2,26 @@
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from ml.errors import UserError, exit_on_user_error
 
 PARAMS_FILE = Path("params.yaml")
+
+
+def differ(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"must differ from each other, found {seeds}")
+    return seeds
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
@@ -37,7 +46,7 @@ class ModelParams(Section):
 
 class TrainParams(Section):
     launcher: Annotated[str, Field(pattern=r"^(python|torchrun( [\w./:=-]+)*)$")]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(differ)]
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     learning_rate: Annotated[float, Field(gt=0, le=10)]
@@ -51,12 +60,6 @@ class TrainParams(Section):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "float32", "bfloat16"]
     threads: Annotated[int, Field(ge=1)]
-
-    @model_validator(mode="after")
-    def seeds_differ(self) -> "TrainParams":
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must differ from each other, found {list(self.seeds)}")
-        return self
 
 
 class EvaluateParams(Section):
@@ -105,7 +108,9 @@ def read_yaml(path: Path) -> Any:
         return YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run from the root of the repository.") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error.strerror}.") from None
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, no such day, !!int "x"
         raise UserError(f"{path} is not valid YAML: {error}") from None
 
 
@@ -115,6 +120,8 @@ def plain(node: Any) -> Any:
         return {key: plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [plain(value) for value in node]
+    if isinstance(node, ScalarBoolean):  # ruamel's true or false with an anchor, an int to Python
+        return bool(node)
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
@@ -136,16 +143,27 @@ def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
         isinstance(section, dict) for section in overrides.values()
     ):
         raise UserError(f"{preset}: expected sections with keys, like those of {path}.")
+    parse_params(plain(tree), str(path))
     for section, values in overrides.items():
-        if not isinstance(tree.get(section), dict):
+        if section not in tree:
             raise UserError(f"{preset}: {section} is not a section of {path}.")
-        tree[section].update(values)
+        for key, value in values.items():
+            if isinstance(value, list) and isinstance(tree[section].get(key), list):
+                tree[section][key][:] = value  # the list in the file stays on its line, before its comment
+            else:
+                tree[section][key] = value
     params = parse_params(plain(tree), f"{path} with {preset}")
     text = io.StringIO()
-    YAML().dump(tree, text)
-    written = path.with_name(path.name + ".tmp")
-    written.write_text(text.getvalue(), encoding="utf-8")
-    written.replace(path)
+    yaml = YAML()
+    yaml.width = 10_000  # no value is broken over two lines
+    yaml.dump(tree, text)
+    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        written.write_text(text.getvalue(), encoding="utf-8")
+        written.replace(path)
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error.strerror}. It is unchanged.") from error
     return params
 
 

@@ -43,12 +43,11 @@ def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
     counts = np.bincount(images.ravel(), minlength=256).astype(np.float64)
     values = np.arange(256) / 255
     mean = float(counts @ values / counts.sum())
-    std = float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
-    if std == 0:
+    if np.count_nonzero(counts) == 1:
         raise UserError(
-            f"every training pixel is {round(mean * 255)}: there is nothing to learn. Check the image files."
+            f"every training pixel is {counts.argmax()}: there is nothing to learn. Check the image files."
         )
-    return mean, std
+    return mean, float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
 
 
 def drift_reference(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:

@@ -113,6 +113,8 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Run `make data`, or put the four raw IDX files there.") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error.strerror}.") from None
     kind = {1: "labels (1 dimension)", 3: "images (3 dimensions)"}
     header = 4 + 4 * dimensions
     if len(content) < header or content[:2] != b"\0\0" or content[2] != UBYTE:

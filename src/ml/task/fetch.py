@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import requests
+import urllib3
 from numpy.typing import NDArray
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
@@ -37,22 +38,39 @@ def fetch(name: str, to: Path, mirror: str | None = None) -> None:
     Raises:
         UserError: no mirror answered, or a file is not the published one.
     """
-    staging = to.with_name(to.name + ".part")
-    staging.mkdir(parents=True, exist_ok=True)
-    if name == "digits":
-        write_digits(staging)
-    elif mirror and Path(mirror).is_dir():
-        copy_files(name, Path(mirror), staging)
-    else:
-        mirrors, packed_md5 = torchvision_source(name)
-        for file in dataset.RAW_FILES:
-            download(name, f"{file}.gz", packed_md5[f"{file}.gz"], [mirror] if mirror else mirrors, staging)
-    dataset.read_dataset(staging, name)
+    to = to.resolve()  # so that `.` has a name
+    offline = name == "digits" or (mirror is not None and Path(mirror).is_dir())
+    # Only downloads are gone on with, and only those of the same set: another's file would pass for its own.
+    staging = to.with_name(f"{to.name}.{name}.{'copy' if offline else 'part'}")
+    try:
+        if offline and staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True, exist_ok=True)
+        if name == "digits":
+            write_digits(staging)
+        elif offline:
+            copy_files(name, Path(str(mirror)), staging)
+        else:
+            mirrors, packed_md5 = torchvision_source(name)
+            for file in dataset.RAW_FILES:
+                download(
+                    name, f"{file}.gz", packed_md5[f"{file}.gz"], [mirror] if mirror else mirrors, staging
+                )
+        try:
+            dataset.read_dataset(staging, name)
+        except UserError:
+            shutil.rmtree(staging)  # the next call starts afresh
+            raise
 
-    to.mkdir(parents=True, exist_ok=True)
-    for file in dataset.RAW_FILES:
-        (staging / file).replace(to / file)
-    shutil.rmtree(staging)
+        to.mkdir(parents=True, exist_ok=True)
+        for file in dataset.RAW_FILES:
+            (staging / file).replace(to / file)
+        shutil.rmtree(staging)
+    except OSError as error:
+        raise UserError(
+            f"{to} could not be written: {error}.\n"
+            "Make room or mend the permissions, then run the same command again."
+        ) from error
     print(f"{name}: four files in {to}, verified.", file=sys.stderr)
 
 
@@ -130,8 +148,12 @@ def download(name: str, file: str, md5: str, mirrors: list[str], folder: Path) -
     failures = []
     for mirror in mirrors:
         url = f"{mirror.rstrip('/')}/{file}"
+        begun = (folder / file).exists()
         try:
             resume_download(url, folder / file)
+            if begun and files.md5(folder / file) != md5:  # the beginning was of something else
+                (folder / file).unlink()
+                resume_download(url, folder / file)
         except (requests.RequestException, OSError) as error:
             failures.append(f"  {url}: {reason(error)}")
             continue
@@ -174,9 +196,12 @@ def resume_download(url: str, path: Path) -> None:
                 open(path, "ab" if resumed else "wb") as file,
                 progress(path.name, total, "B", initial=have) as bar,
             ):
-                for piece in answer.iter_content(PIECE):
-                    file.write(piece)
-                    bar.update(len(piece))
+                try:  # as sent: a server that calls a .gz an encoding must not have it unpacked here
+                    for piece in answer.raw.stream(PIECE, decode_content=False):
+                        file.write(piece)
+                        bar.update(len(piece))
+                except urllib3.exceptions.HTTPError as error:
+                    raise requests.ConnectionError(error) from error
     if total is not None and path.stat().st_size < total:
         raise requests.ConnectionError(f"the connection closed after {path.stat().st_size} of {total} bytes")
 
@@ -189,8 +214,9 @@ def reason(error: Exception) -> str:
 
 
 def unpack(packed: Path) -> None:
-    with gzip.open(packed) as source, files.atomic(packed.with_suffix("")) as target:
-        shutil.copyfileobj(source, target)
+    with gzip.open(packed) as source:
+        content = source.read()
+    files.write_bytes(packed.with_suffix(""), content)
     packed.unlink()
 
 

@@ -1,0 +1,122 @@
+"""The ASGI application: API routes below /api/v4, uploaded files, the page of a merge request, and faults."""
+
+import asyncio
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+# Importing these registers their routes.
+from tests.gitlab_emulator import merge_requests, pipelines, projects, repository
+from tests.gitlab_emulator.auth import UNAUTHORIZED, authenticate, find_project, require_user
+from tests.gitlab_emulator.faults import DROP, Fault, Faults
+from tests.gitlab_emulator.page import merge_request_page
+from tests.gitlab_emulator.routing import ApiError, Call, answer, not_found, read_body, route
+from tests.gitlab_emulator.state import Project, State
+
+ROUTE_MODULES = (merge_requests, pipelines, projects, repository)
+
+API = "/api/v4"
+UPLOAD_OF_ID = re.compile(r"/-/project/(?P<project>\d+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")
+UPLOAD_OF_PATH = re.compile(r"/(?P<project>.+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")
+PAGE = re.compile(r"/(?P<project>.+)/-/merge_requests/(?P<iid>\d+)")
+
+
+class App:
+    def __init__(self, state: State, faults: Faults) -> None:
+        self.state = state
+        self.faults = faults
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        path = scope["raw_path"].decode("ascii")
+        await request.body()  # taken in whole, so that a fault meets a client that has said everything
+        fault = self.faults.take(request.method, path)
+        response = await self.respond(request, path) if fault is None or fault.applied else None
+        if fault is not None and fault.status == DROP:
+            return await _drop(send)
+        if fault is not None:
+            response = _failed(fault)
+        assert response is not None
+        with self.state.lock:
+            self.state.requests.append(
+                {"method": request.method, "path": path, "status": response.status_code}
+            )
+        await response(scope, receive, send)
+
+    async def respond(self, request: Request, path: str) -> Response:
+        try:
+            if path.startswith(f"{API}/"):
+                return await self.api(request, path.removeprefix(API))
+            with self.state.lock:
+                return self.site(path)
+        except ApiError as error:
+            return JSONResponse(error.body, error.status)
+
+    async def api(self, request: Request, path: str) -> Response:
+        found, arguments = route.find(request.method, path)
+        data, files, body = await read_body(request)
+        with self.state.lock:
+            call = Call(
+                method=request.method,
+                base_url=str(request.base_url).rstrip("/"),
+                arguments=arguments,
+                query=dict(request.query_params),
+                data=data,
+                files=files,
+                body=body,
+                headers=dict(request.headers),
+                state=self.state,
+                token=authenticate(request, self.state, found),
+            )
+            if "id" in arguments:
+                if not found.public:
+                    require_user(call.token, found.method)
+                call.project = self.project(arguments["id"]) if found.public else self.visible_project(call)
+            elif call.token is None:
+                raise UNAUTHORIZED
+            return answer(found.handler(call), request.method)
+
+    def visible_project(self, call: Call) -> Project:
+        return find_project(self.state, call["id"], call.token)
+
+    def project(self, name: str) -> Project:
+        for project in self.state.projects.values():
+            if name in (str(project.id), project.path):
+                return project
+        raise not_found("Project")
+
+    def site(self, path: str) -> Response:
+        """What a browser asks for, signed in or not: there is nothing to hide in a test."""
+        match = UPLOAD_OF_ID.fullmatch(path) or UPLOAD_OF_PATH.fullmatch(path)
+        if match is not None:
+            project = self.project(unquote(match["project"]))
+            return projects.served_upload(project, match["secret"], unquote(match["file"]))
+        match = PAGE.fullmatch(path)
+        if match is not None:
+            project = self.project(unquote(match["project"]))
+            if int(match["iid"]) in project.merge_requests:
+                return merge_request_page(project.merge_requests[int(match["iid"])], project)
+        raise not_found()
+
+
+def _failed(fault: Fault) -> Response:
+    """429 as doc/security/rate_limits.md words it; 502 as the proxy in front of GitLab does."""
+    if fault.status == 429:
+        response = Response("Retry later\n", 429, media_type="text/plain")
+    else:
+        response = Response(
+            f"<html><title>GitLab is not responding ({fault.status})</title></html>", fault.status
+        )
+    if fault.retry_after is not None:
+        response.headers["Retry-After"] = fault.retry_after
+    return response
+
+
+async def _drop(send: Any) -> None:
+    """End the connection without a word. ASGI has no way to say so; uvicorn's `send` knows its transport."""
+    send.__self__.transport.abort()
+    while not send.__self__.disconnected:
+        await asyncio.sleep(0)

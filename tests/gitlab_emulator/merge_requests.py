@@ -1,0 +1,171 @@
+"""Merge requests, their labels and their notes (doc/api/merge_requests.md, doc/api/notes.md)."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from tests.gitlab_emulator.paging import paged
+from tests.gitlab_emulator.quick_actions import extract
+from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
+from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, now
+from tests.gitlab_emulator.views import merge_request_json, note_json
+
+NOTE_LIMIT = 1_000_000  # characters
+MAINTAINER = 40
+
+
+def _json(call: Call, merge_request: MergeRequest) -> dict[str, Any]:
+    return merge_request_json(merge_request, call.project, call.base_url)
+
+
+@route("GET", "/projects/:id/merge_requests", job_token=True)
+def list_merge_requests(call: Call) -> Any:
+    found = sorted(call.project.merge_requests.values(), key=lambda merge_request: -merge_request.id)
+    for name in ("source_branch", "target_branch", "state"):
+        wanted = call.query.get(name)
+        if wanted not in (None, "", "all"):
+            found = [merge_request for merge_request in found if getattr(merge_request, name) == wanted]
+    path = f"/projects/{call.project.id}/merge_requests"
+    return paged(call, found, path, lambda merge_request: _json(call, merge_request))
+
+
+@route("POST", "/projects/:id/merge_requests")
+def create_merge_request(call: Call) -> Any:
+    source, target, title = call.require("source_branch", "target_branch", "title")
+    open_ones = [known for known in call.project.merge_requests.values() if known.state == "opened"]
+    for known in open_ones:
+        if (known.source_branch, known.target_branch) == (source, target):
+            raise ApiError(
+                409,
+                {
+                    "message": [
+                        f"Another open merge request already exists for this source branch: !{known.iid}"
+                    ]
+                },
+            )
+    assert call.token is not None
+    fields = {"source_branch": source, "target_branch": target, "title": title, "author": call.token.user}
+    created = call.state.add_merge_request(call.project, **fields, description=call.get("description", ""))
+    return _json(call, created)
+
+
+@route("GET", "/projects/:id/merge_requests/:iid", job_token=True)
+def get_merge_request(call: Call) -> Any:
+    return _json(call, call.merge_request)
+
+
+@route("PUT", "/projects/:id/merge_requests/:iid")
+def update_merge_request(call: Call) -> Any:
+    """title, description, state_event, labels (replaces), add_labels, remove_labels."""
+    merge_request = call.merge_request
+    merge_request.title = call.get("title", merge_request.title)
+    merge_request.description = call.get("description", merge_request.description)
+    events = {"close": "closed", "reopen": "opened", None: merge_request.state}
+    merge_request.state = events.get(call.get("state_event"), merge_request.state)
+    labels = merge_request.labels if call.get("labels") is None else _names(call.get("labels"))
+    labels = [*labels, *(name for name in _names(call.get("add_labels")) if name not in labels)]
+    removed = _names(call.get("remove_labels"))
+    merge_request.labels = [name for name in labels if name not in removed]
+    return _json(call, merge_request)
+
+
+def _names(value: Any) -> list[str]:
+    """Labels come as a list or as text with commas."""
+    names = value if isinstance(value, list) else (value or "").split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
+NOTES = "/projects/:id/merge_requests/:iid/notes"
+
+
+def _note_json(call: Call, note: Note) -> dict[str, Any]:
+    return note_json(note, call.merge_request, call.project, call.base_url)
+
+
+@route("GET", NOTES, job_token=True)
+def list_notes(call: Call) -> Any:
+    """Newest first unless sort=asc; by created_at unless order_by=updated_at. System notes are in the list."""
+    key = "updated_at" if call.query.get("order_by") == "updated_at" else "created_at"
+    notes = sorted(
+        call.merge_request.notes.values(),
+        key=lambda note: (getattr(note, key), note.id),
+        reverse=call.query.get("sort", "desc") != "asc",
+    )
+    path = f"/projects/{call.project.id}/merge_requests/{call.merge_request.iid}/notes"
+    return paged(call, notes, path, lambda note: _note_json(call, note))
+
+
+@route("POST", NOTES)
+def create_note(call: Call) -> Any:
+    merge_request = call.merge_request
+    assert call.token is not None
+    body, commands = _carried_out(call, _checked_body(call))
+    if commands and not body:
+        return JSONResponse(_only_commands(commands), status_code=202)
+    return _note_json(call, call.state.add_note(merge_request, body, call.token.user))
+
+
+@route("GET", f"{NOTES}/:note_id", job_token=True)
+def get_note(call: Call) -> Any:
+    return _note_json(call, _find_note(call))
+
+
+@route("PUT", f"{NOTES}/:note_id")
+def update_note(call: Call) -> Any:
+    """Quick actions fire here as well (Notes::UpdateService); of a note with nothing else nothing is left."""
+    note = _own_note(call)
+    body, commands = _carried_out(call, _checked_body(call))
+    if commands and not body:
+        del call.merge_request.notes[note.id]
+        return JSONResponse(_only_commands(commands), status_code=202)
+    note.body, note.updated_at = body, now()
+    return _note_json(call, note)
+
+
+@route("DELETE", f"{NOTES}/:note_id")
+def delete_note(call: Call) -> Any:
+    del call.merge_request.notes[_own_note(call).id]
+
+
+def _checked_body(call: Call) -> str:
+    [body] = call.require("body")
+    if not body.strip():
+        raise ApiError(400, '400 Bad request - Note {:note=>["can\'t be blank"]}')
+    if len(body) > NOTE_LIMIT:
+        raise ApiError(400, '400 Bad request - Note {:note=>["is too long (maximum is 1000000 characters)"]}')
+    return str(body)
+
+
+def _carried_out(call: Call, body: str) -> tuple[str, list[tuple[str, str]]]:
+    """Record the quick actions of a body, and return it without them."""
+    assert call.token is not None
+    body, commands = extract(body)
+    for command, argument in commands:
+        call.state.quick_actions.append(
+            QuickAction(call.project.id, call.merge_request.iid, call.token.user.username, command, argument)
+        )
+    return body, commands
+
+
+def _only_commands(commands: list[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "commands_changes": {command: argument or True for command, argument in commands},
+        "summary": [f"Carried out /{command}." for command, _ in commands],
+    }
+
+
+def _find_note(call: Call) -> Note:
+    note_id = call["note_id"]
+    note = call.merge_request.notes.get(int(note_id)) if note_id.isdecimal() else None
+    if note is None:
+        raise not_found()
+    return note
+
+
+def _own_note(call: Call) -> Note:
+    """A note that the token may change: its own, or as maintainer any but a system note."""
+    note = _find_note(call)
+    assert call.token is not None
+    if note.system or (note.author != call.token.user and call.token.access_level < MAINTAINER):
+        raise ApiError(403, "403 Forbidden")
+    return note

@@ -1,0 +1,71 @@
+"""Objects as the JSON that GitLab answers with; field names from doc/api/*.md."""
+
+from tests.gitlab_emulator.state import Json, MergeRequest, Note, Project, User
+
+
+def user_json(user: User, base_url: str) -> Json:
+    return {
+        "id": user.id,
+        "username": user.username,
+        "name": user.name,
+        "state": "active",
+        "avatar_url": None,
+        "web_url": f"{base_url}/{user.username}",
+    }
+
+
+def project_json(project: Project, base_url: str) -> Json:
+    url = f"{base_url}/{project.path}"
+    return {
+        "id": project.id,
+        "name": project.name,
+        "path": project.name,
+        "path_with_namespace": project.path,
+        "default_branch": project.default_branch,
+        "visibility": "private",
+        "web_url": url,
+        "http_url_to_repo": f"{url}.git",
+        "runners_token": None,
+    }
+
+
+def merge_request_json(merge_request: MergeRequest, project: Project, base_url: str) -> Json:
+    return {
+        "id": merge_request.id,
+        "iid": merge_request.iid,
+        "project_id": project.id,
+        "title": merge_request.title,
+        "description": merge_request.description,
+        "state": merge_request.state,
+        "created_at": merge_request.created_at,
+        "source_branch": merge_request.source_branch,
+        "target_branch": merge_request.target_branch,
+        "source_project_id": merge_request.source_project_id,
+        "target_project_id": project.id,
+        "sha": merge_request.sha,
+        "author": user_json(merge_request.author, base_url),
+        "draft": merge_request.draft,
+        "labels": merge_request.labels,
+        "detailed_merge_status": "mergeable",
+        "user_notes_count": sum(not note.system for note in merge_request.notes.values()),
+        "web_url": f"{base_url}/{project.path}/-/merge_requests/{merge_request.iid}",
+    }
+
+
+def note_json(note: Note, merge_request: MergeRequest, project: Project, base_url: str) -> Json:
+    return {
+        "id": note.id,
+        "type": None,
+        "body": note.body,
+        "author": user_json(note.author, base_url),
+        "created_at": note.created_at,
+        "updated_at": note.updated_at,
+        "system": note.system,
+        "noteable_id": merge_request.id,
+        "noteable_type": "MergeRequest",
+        "project_id": project.id,
+        "noteable_iid": merge_request.iid,
+        "resolvable": False,
+        "confidential": False,
+        "internal": False,
+    }

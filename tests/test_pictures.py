@@ -1,0 +1,57 @@
+"""The pictures that only a comparison has: they can be drawn from whatever a comparison may hold."""
+
+import struct
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ml import plots
+from ml.report import pictures
+from ml.report.result import ClassResult
+from tests.comparisons import comparison, difference
+
+NAMES = ["cat", "a very long class name indeed", "$x^2$ $", "back\\slash $", "_{", "new\nline", ""]
+
+
+def size(figure: Figure) -> tuple[int, int]:
+    """Width and height of the PNG; drawing it would fail on text that matplotlib takes for mathematics."""
+    content = plots.png(figure)
+    assert content.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_difference_is_drawn_for_shares_and_for_other_metrics(metric: str) -> None:
+    width, height = size(pictures.difference_figure(comparison(primary_metric=metric)))
+    assert 1000 < width < 1600 and height < 600
+
+
+def test_difference_is_drawn_where_every_seed_agrees() -> None:
+    metrics = {"accuracy": difference(0.0, 0.0)}
+    size(pictures.difference_figure(comparison(metrics=metrics, margin=0.0)))
+
+
+def test_classes_of_every_name_are_drawn() -> None:
+    classes = [
+        ClassResult(name=name, examples=5, recall=difference(-0.1, 0.3), p_value=0.01) for name in NAMES
+    ]
+    classes.append(ClassResult(name="one example", examples=1, recall=None, p_value=None))
+    size(pictures.classes_figure(classes))
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_sheet_of_every_class_name_is_drawn(count: int) -> None:
+    flips = comparison().flips
+    assert flips is not None
+    shown = [flips.broken[0].model_copy(update={"actual": name, "after": name}) for name in NAMES[:count]]
+    images = np.zeros((count, 28, 28), np.uint8)
+    size(pictures.flip_sheet(images, shown, 40, "Newly broken"))
+
+
+def test_colour_tells_better_from_worse_in_the_sense_of_the_metric() -> None:
+    up, either = difference(0.01, 0.02), difference(-0.01, 0.02)
+    assert pictures.verdict_colour(up, "accuracy") == pictures.GREEN
+    assert pictures.verdict_colour(up, "loss") == plots.RED
+    assert pictures.verdict_colour(either, "accuracy") == plots.GREY
