@@ -1,6 +1,7 @@
 # Every target makes what it needs, the virtual environment first. `make` alone lists them.
 PYTHON ?= python3
 VENV := .venv
+BASELINE ?= main
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # On Linux, PyPI's torch brings CUDA (gigabytes). For a machine without a GPU:
@@ -30,7 +31,13 @@ data: setup  ## put the raw data of data.dvc into data/: from the DVC remote, el
 	python -m ml.task.dataset restore
 
 run: setup  ## run what has changed of load → preprocess → train → evaluate, and write the model card
+	rm -rf reports/cost
 	dvc repro
+	python -m ml.report.card
+
+report: setup  ## compare the last run with a commit: make report BASELINE=main; writes reports/comment.{md,html}
+	python -m ml.report.compare --baseline $(BASELINE)
+	python -m ml.report.comment --out reports/comment.md --html reports/comment.html
 
 preset: setup  ## write a preset into params.yaml: make preset NAME=essay
 	python -m ml.params --preset presets/$(NAME).yaml

@@ -1,11 +1,10 @@
 """`make demo`: a merge request's life on scikit-learn's embedded digits, in demo/workspace, with no download.
 
-    baseline on main → a change on a branch → pipeline → what it did to the metrics
+    baseline on main → a change on a branch → pipeline → verdict → comment → gate
 
 Real git, real DVC with a remote in a folder; the checkout that this runs from is left untouched.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -19,7 +18,6 @@ DEMO = ROOT / "demo"
 WORKSPACE = DEMO / "workspace"
 PROJECT = WORKSPACE / "project"
 REMOTE = WORKSPACE / "remote"
-PICTURES = ("training_curves", "confusion_matrix", "reliability", "worst_mistakes")
 
 IDENTITY = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost"}
 IDENTITY |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in IDENTITY.items()}
@@ -29,8 +27,8 @@ def say(step: str) -> None:
     print(f"\n\033[1m── {step}\033[0m" if sys.stdout.isatty() else f"\n── {step}", flush=True)
 
 
-def run(*command: str, quiet: bool = False) -> str:
-    """Run a command in the scratch project, showing it; its output when quiet. A failure ends the demo with its output."""
+def run(*command: str, quiet: bool = False, may_fail: bool = False) -> None:
+    """Run a command in the scratch project, showing it unless `quiet`. A failure ends the demo unless it `may_fail`."""
     if not quiet:
         print(f"$ {shlex.join(command)}", flush=True)
     environment = {
@@ -39,11 +37,9 @@ def run(*command: str, quiet: bool = False) -> str:
         "PYTHONPATH": str(PROJECT / "src"),
         "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
     }
-    capture = subprocess.PIPE if quiet else None
-    done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=capture, stderr=capture, text=True)
-    if done.returncode:
-        sys.exit(f"the demo stopped: {shlex.join(command)} failed.\n{done.stdout or ''}{done.stderr or ''}")
-    return done.stdout or ""
+    done = subprocess.run(command, cwd=PROJECT, env=environment)
+    if done.returncode and not may_fail:
+        sys.exit(f"the demo stopped: {shlex.join(command)} failed.")
 
 
 def copy_project() -> None:
@@ -63,11 +59,6 @@ def copy_project() -> None:
 def commit(message: str) -> None:
     run("git", "add", "--all", quiet=True)
     run("git", "commit", "--quiet", "--message", message, quiet=True)
-
-
-def metrics() -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads((PROJECT / "reports/metrics.json").read_text())
-    return found
 
 
 def main() -> None:
@@ -90,17 +81,27 @@ def main() -> None:
     run("dvc", "exp", "run", "--quiet", "--set-param", "train.epochs=6")
     commit("Train half as long")
 
-    say("What changed, and what it did")
+    say("The verdict: what changed, what it did, and whether that may be luck")
+    run(sys.executable, "-m", "ml.report.compare", "--baseline", "main")
+    run(
+        sys.executable,
+        "-m",
+        "ml.report.comment",
+        "--out",
+        "reports/comment.md",
+        "--html",
+        "reports/comment.html",
+    )
     run("dvc", "params", "diff", "main")
-    run("dvc", "metrics", "diff", "main")
 
-    for name in PICTURES:
-        shutil.copy2(PROJECT / f"reports/plots/{name}.png", DEMO / f"{name}.png")
-    accuracy = metrics()["accuracy"]
+    say("The gate: red or green for the merge request")
+    run(sys.executable, "-m", "ml.report.gate", may_fail=True)
+
     say("Done")
+    shutil.copy2(PROJECT / "reports/comment.html", DEMO / "comment.html")
     print(
-        f"Accuracy on 360 test digits: {accuracy['mean']:.2%} (95 % interval {accuracy['low']:.2%} to {accuracy['high']:.2%}).\n"
-        f"Pictures: demo/*.png. The repository to look around in: demo/workspace/project.\n"
+        "The comment that the reviewer reads: demo/comment.html\n"
+        "The repository to look around in: demo/workspace/project\n"
         f"{time.monotonic() - started:.0f} s, without the installation."
     )
 

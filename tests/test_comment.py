@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from ml import files
-from ml.report import comment, publish, result
+from ml.report import attachments, comment, note, result
 from ml.report.comment import LIMIT, compose, fit
 from ml.report.page import page
 from ml.report.result import Comparison, Picture
@@ -60,7 +60,7 @@ def test_identical_predictions_are_called_that() -> None:
 
 
 def test_publish_finds_the_verdict_that_the_comment_begins_with() -> None:
-    verdict = publish.verdict_of(compose(comparison(0.0012, 0.003), [], []))
+    verdict = note.verdict_of(compose(comparison(0.0012, 0.003), [], []))
     assert verdict.startswith("🟢 Better: accuracy +0.21 pp")
 
 
@@ -224,7 +224,7 @@ def test_command_writes_the_list_of_pictures_that_publish_reads(
     reports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_main(monkeypatch, "--out", "reports/comment.md")
-    listed = publish.read_manifest(publish.manifest_path(Path("reports/comment.md")))
+    listed = attachments.read_manifest(attachments.manifest_path(Path("reports/comment.md")))
     assert listed == ["comparison/difference.png", "plots/confusion_matrix.png"]
     linked = {
         str(token.attrs["src"])
@@ -233,7 +233,7 @@ def test_command_writes_the_list_of_pictures_that_publish_reads(
     }
     assert linked == set(listed)
     for picture in listed:
-        assert publish.read_picture(reports, picture).startswith(b"\x89PNG")
+        assert attachments.read_picture(reports, picture).startswith(b"\x89PNG")
 
 
 def test_html_page_holds_its_pictures_and_asks_no_other_host(

@@ -19,11 +19,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from ml.errors import UserError
+from ml.report import attachments
 from ml.report import publish as publishing
-from ml.report.publish import (
+from ml.report.gitlab_notes import seconds_to_wait
+from ml.report.note import (
     NOTE_LIMIT,
     REPORT_LIMIT,
     RUNS_KEPT,
+    VERDICT_LIMIT,
     Content,
     Run,
     merge,
@@ -274,8 +277,8 @@ def test_merge_gives_the_same_in_any_order_grouping_and_repetition(
 
 
 def test_full_history_of_longest_results_fits_beside_the_longest_report() -> None:
-    worst = [run(number, "|" * publishing.VERDICT_LIMIT) for number in range(RUNS_KEPT)]
-    worst_json = [run(number, "<" * publishing.VERDICT_LIMIT) for number in range(RUNS_KEPT)]
+    worst = [run(number, "|" * VERDICT_LIMIT) for number in range(RUNS_KEPT)]
+    worst_json = [run(number, "<" * VERDICT_LIMIT) for number in range(RUNS_KEPT)]
 
     for kept in (worst, worst_json):
         assert (
@@ -290,7 +293,7 @@ def test_full_history_of_longest_results_fits_beside_the_longest_report() -> Non
         ("first line\nsecond line", "first line"),
         ("<!-- hidden -->\n\n[Worse](http://x) <b>now</b>", "Worse now"),
         ("```\ncode only\n```", ""),
-        ("x" * 1000, "x" * publishing.VERDICT_LIMIT),
+        ("x" * 1000, "x" * VERDICT_LIMIT),
     ],
 )
 def test_verdict_is_the_first_line_as_plain_text(report: str, verdict: str) -> None:
@@ -358,7 +361,7 @@ def test_publish_leaves_links_inside_code(gitlab: GitLabEmulator) -> None:
 def test_read_picture_refuses_whatever_is_no_picture_inside_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str
 ) -> None:
-    monkeypatch.setattr(publishing, "PICTURE_BYTES", 100)
+    monkeypatch.setattr(attachments, "PICTURE_BYTES", 100)
     folder = tmp_path / "reports"
     (folder / "folder.png").mkdir(parents=True)
     for path in (tmp_path / "outside.png", folder / "a.png", folder / "comment.md"):
@@ -369,14 +372,14 @@ def test_read_picture_refuses_whatever_is_no_picture_inside_the_folder(
     os.mkfifo(folder / "pipe.png")
 
     with pytest.raises(UserError, match=problem):
-        publishing.read_picture(folder, name)
+        attachments.read_picture(folder, name)
 
 
 def test_read_picture_reads_from_a_folder_below(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "a.png").write_bytes(PNG)
 
-    assert publishing.read_picture(tmp_path, "plots/a.png") == PNG
+    assert attachments.read_picture(tmp_path, "plots/a.png") == PNG
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "not json", json.dumps(["a.png"] * 51)])
@@ -385,7 +388,7 @@ def test_read_manifest_refuses_what_is_no_short_list_of_names(tmp_path: Path, te
     path.write_text(text)
 
     with pytest.raises(UserError, match="is no list of pictures"):
-        publishing.read_manifest(path)
+        attachments.read_manifest(path)
 
 
 # ---- Faults --------------------------------------------------------------------------------------------------
@@ -465,7 +468,7 @@ def test_publish_gives_up_when_others_never_stop(
 
 @pytest.mark.parametrize("text", ["soon", "-1", ""])
 def test_retry_after_that_cannot_be_read_is_a_second(text: str) -> None:
-    assert publishing._seconds(text) == 1
+    assert seconds_to_wait(text) == 1
 
 
 def test_publish_merges_again_when_another_overwrites_its_result(

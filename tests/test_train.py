@@ -1,6 +1,7 @@
 """The train stage as a process: several seeds, real SIGKILL, torchrun, bad environments."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -150,6 +151,28 @@ def test_workers_end_when_the_stage_is_killed(prepared: Path) -> None:
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_alive(pid) for pid in workers)
+
+
+@pytest.mark.slow
+def test_killed_worker_ends_the_stage_with_the_remedy_and_its_checkpoint_stays(prepared: Path) -> None:
+    make_workspace(prepared, epochs=500, checkpoint_seconds=0.1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ml.stages.train"],
+        cwd=prepared,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not newest_checkpoint(prepared) and process.poll() is None:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    trainers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(trainers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "killed from outside" in errors and "Traceback" not in errors
+    assert newest_checkpoint(prepared)
+    assert not any(is_alive(int(pid)) for pid in trainers)
 
 
 def is_alive(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """What went wrong, for the person who can mend it."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -18,3 +19,6 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -76,26 +78,33 @@ def fit_side_by_side(fit_seed: FitSeed, params: TrainParams, workers: int, sampl
         ProcessPoolExecutor(workers, context, start_worker, setup) as pool,
     ):
         futures = [pool.submit(work, fit_seed, seed) for seed in params.seeds]
-        seen = dict.fromkeys(params.seeds, 0)
-        while not all(future.done() for future in futures) or not messages.empty():
-            stop_at_failure(futures, pool)
-            try:
-                seed, so_far = messages.get(timeout=0.2)
-            except Empty:
-                continue
-            show(bar, seed, so_far, so_far.samples - seen[seed])
-            seen[seed] = so_far.samples
-        stop_at_failure(futures, pool)
-    return [future.result() for future in futures]
-
-
-def stop_at_failure(futures: "list[Future[Fitted]]", pool: ProcessPoolExecutor) -> None:
-    for future in futures:
-        if future.done() and (failure := future.exception()):
-            pool.shutdown(cancel_futures=True, wait=False)
+        try:
+            watch(futures, messages, bar)
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError(
+                "a training process was killed from outside, perhaps for want of memory. Run the same command again: "
+                "it goes on from the last checkpoint. TRAIN_PROCESSES=1 trains one seed at a time."
+            ) from None
+        finally:  # after a failure or Ctrl-C: leave no process behind
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
-            raise failure
+
+
+def watch(futures: "list[Future[Fitted]]", messages: "Queue[tuple[int, Progress]]", bar: "tqdm[Any]") -> None:
+    """Show the workers' messages until every seed is done or one has failed."""
+    seen: dict[int, int] = {}
+    while not all(future.done() for future in futures) or not messages.empty():
+        for future in futures:
+            if future.done():
+                future.result()  # raises what the worker raised
+        try:
+            seed, so_far = messages.get(timeout=0.2)
+        except Empty:
+            continue
+        show(bar, seed, so_far, so_far.samples - seen.get(seed, 0))
+        seen[seed] = so_far.samples
 
 
 def show(bar: "tqdm[Any]", seed: int, so_far: Progress, more_samples: int) -> None:
@@ -114,7 +123,8 @@ class Worker:
 
 
 def start_worker(messages: "Queue[tuple[int, Progress]]", counter: Any, params: TrainParams) -> None:
-    """In a new worker: take a device, and end when the parent ends, however it does."""
+    """In a new worker: take a device, leave Ctrl-C to the parent, and end when the parent ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         index = counter.value
         counter.value += 1

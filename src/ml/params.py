@@ -68,12 +68,21 @@ class EvaluateParams(Section):
     worst_mistakes: Annotated[int, Field(ge=1, le=400)]
 
 
+class ReportParams(Section):
+    primary_metric: str
+    margin: Annotated[float, Field(ge=0)]
+    assumed_seed_std: Annotated[float, Field(gt=0)]
+    when_undecided: Literal["pass", "block"]
+    sheet_examples: Annotated[int, Field(ge=1, le=200)]
+
+
 class Params(Section):
     load: LoadParams
     preprocess: PreprocessParams
     model: ModelParams
     train: TrainParams
     evaluate: EvaluateParams
+    report: ReportParams
 
 
 def parse_params(raw: object, source: str) -> Params:

@@ -2,9 +2,9 @@
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 
 from ml.metrics import ClassScores, Estimate, ReliabilityBin
 
+if TYPE_CHECKING:
+    import pandas as pd  # the report job draws figures too, and does without it
+
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#d9731a", "#8a8f98", "#b3261e"
 DPI = 150
+CAPTION = 11  # characters of a class name on a contact sheet
+LABEL = 24  # and beside an axis
 FEW = 20  # predictions in a confidence bin, below which its accuracy says little
 
 
@@ -22,6 +27,13 @@ def png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
     return content.getvalue()
+
+
+def literal(text: str, limit: int = CAPTION) -> str:
+    """Text from the data, for matplotlib: short, on one line, and no mathematics between two dollars."""
+    line = " ".join(text.split())
+    short = line if len(line) <= limit else line[: limit - 1] + "…"
+    return short.replace("\\", "\\\\").replace("$", r"\$") if "$" in short else short
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -37,7 +49,7 @@ def tidy(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def training_curves(train: pd.DataFrame, validation: pd.DataFrame) -> Figure:
+def training_curves(train: "pd.DataFrame", validation: "pd.DataFrame") -> Figure:
     """Loss and validation accuracy over the epochs: a thin line per seed, a thick one for their mean."""
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
@@ -53,7 +65,9 @@ def training_curves(train: pd.DataFrame, validation: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_seeds(axes: Axes, table: pd.DataFrame, name: str, colour: str, label: str, marker: str = "") -> None:
+def draw_seeds(
+    axes: Axes, table: "pd.DataFrame", name: str, colour: str, label: str, marker: str = ""
+) -> None:
     for column in table.columns:
         if column.startswith(f"{name}_seed_"):
             axes.plot(table["epoch"], table[column], color=colour, alpha=0.25, linewidth=0.8)
@@ -65,6 +79,7 @@ def draw_seeds(axes: Axes, table: pd.DataFrame, name: str, colour: str, label: s
 def confusion_matrix(counts: NDArray[np.int64], class_names: list[str], seeds: int) -> Figure:
     """Mistakes in colour; counts are means over the seeds."""
     classes = len(class_names)
+    names = [literal(name, LABEL) for name in class_names]
     side = max(4.5, 0.55 * classes + 1.5)
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
@@ -79,8 +94,8 @@ def confusion_matrix(counts: NDArray[np.int64], class_names: list[str], seeds: i
                 colour = BLUE if row == column else "white" if dark else "#333333"
                 axes.text(column, row, f"{mean[row, column]:.3g}" if row != column else f"{mean[row, column]:.0f}",
                           ha="center", va="center", fontsize=8, color=colour)  # fmt: skip
-    axes.set_xticks(range(classes), class_names, rotation=45 if max(map(len, class_names)) > 3 else 0)
-    axes.set_yticks(range(classes), class_names)
+    axes.set_xticks(range(classes), names, rotation=45 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(range(classes), names)
     axes.set_title("Confusion matrix" + (f", mean of {seeds} seeds" if seeds > 1 else ""), loc="left", fontsize=11, fontweight="bold")  # fmt: skip
     axes.set_xlabel("predicted")
     axes.set_ylabel("actual")
@@ -109,7 +124,9 @@ def per_class(scores: list[ClassScores], class_names: list[str]) -> Figure:
         [max(s.recall, s.precision) for s in scores],
         color=GREY,
     )
-    axes.set_yticks(rows, [f"{name} (n = {s.examples:,})" for name, s in zip(class_names, scores)])
+    axes.set_yticks(
+        rows, [f"{literal(name, LABEL)} (n = {s.examples:,})" for name, s in zip(class_names, scores)]
+    )
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     tidy(axes, "Per class", "", "")

@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     ci_merge_request_project_url: Url | None = None
     ci_merge_request_source_project_id: Id | None = None  # another one when it comes from a fork
 
+    ci_merge_request_labels: str = ""  # as they were when the pipeline was created, separated by commas
+
     # The comment: a project access token, scope api, role Reporter or higher, masked and not protected
     repo_token: SecretStr | None = None
     gitlab_token: SecretStr | None = None
@@ -56,6 +58,10 @@ class Settings(BaseSettings):
         if self.ci_api_v4_url is None and self.ci_server_url is not None:
             return f"{self.ci_server_url}/api/v4"
         return self.ci_api_v4_url
+
+    @property
+    def labels(self) -> list[str]:
+        return [label.strip() for label in self.ci_merge_request_labels.split(",") if label.strip()]
 
     @property
     def from_fork(self) -> bool:

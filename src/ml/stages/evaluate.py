@@ -47,7 +47,8 @@ def mistake_sheet(test: Examples, predictions: Predictions, count: int) -> bytes
     rows = metrics.worst_mistakes(predictions, count)
     mean = predictions.probabilities.mean(0)
     captions = [
-        f"{test.class_names[test.labels[row]]} → {test.class_names[mean[row].argmax()]}\n{mean[row].max():.0%} sure"
+        f"{plots.literal(test.class_names[test.labels[row]])} → {plots.literal(test.class_names[mean[row].argmax()])}\n"
+        f"{mean[row].max():.0%} sure"
         for row in rows
     ]
     wrong = int((mean.argmax(1) != test.labels).sum())

@@ -1,0 +1,56 @@
+"""The few questions that the report asks git."""
+
+import os
+import subprocess
+
+from ml.errors import UserError
+
+
+def run_git(*arguments: str) -> bytes | None:
+    """Standard output of a git command in the working folder; None where git says no (any exit code but 0)."""
+    environment = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, env=environment)
+    except FileNotFoundError:
+        raise UserError("The command `git` is missing. Install git.") from None
+    return done.stdout if done.returncode == 0 else None
+
+
+def resolve(revision: str) -> str:
+    """The full hash of the commit that `revision` names. Raises UserError when there is none."""
+    # `--end-of-options`: a revision that begins with `-` is no option
+    found = run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if found is None:
+        raise UserError(
+            f"{revision!r} is no commit of this repository. In CI, fetch the whole history (GIT_DEPTH: 0); "
+            "else check the name after --baseline."
+        )
+    return found.decode().strip()
+
+
+def head() -> str:
+    return resolve("HEAD")
+
+
+def is_dirty() -> bool:
+    """Whether a tracked file differs from HEAD; dvc.lock aside, which a pipeline writes and does not commit."""
+    return bool(run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock"))
+
+
+def show(commit: str, path: str) -> bytes | None:
+    """The file's content in the commit, `path` relative to the working folder; None if it is not in there."""
+    return run_git("show", f"{commit}:./{path}")
+
+
+def changed_lines(commit: str, paths: list[str]) -> dict[str, tuple[int, int]]:
+    """Lines added and removed since the commit, for each of `paths` that is text and that git knows."""
+    if not paths:
+        return {}
+    output = run_git("diff", "--numstat", "-z", "--no-renames", "--relative", commit, "--", *paths) or b""
+    counts = {}
+    for line in output.decode("utf-8", "surrogateescape").split("\0"):
+        added, _, rest = line.partition("\t")
+        removed, _, path = rest.partition("\t")
+        if added.isdecimal() and removed.isdecimal():
+            counts[path] = (int(added), int(removed))
+    return counts
