@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 # On Linux, PyPI's torch brings CUDA (gigabytes). For a machine without a GPU:
 #   make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 EXTRAS := train,pipeline,track,report,serve,dev
+SHELL := /bin/bash  # Apple's make heeds the exported PATH only where it has to start a shell
 # Stages run as `python -m …`, by dvc and by hand, so the environment comes first on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -15,7 +16,7 @@ export DVC_NO_ANALYTICS := 1
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## make the virtual environment in .venv, with every package pinned by constraints.txt
 
@@ -31,6 +32,7 @@ data: setup  ## put the raw data of data.dvc into data/: from the DVC remote, el
 	python -m ml.task.dataset restore
 
 run: setup  ## run what has changed of load → preprocess → train → evaluate, and write the model card
+	python -m ml.params
 	rm -rf reports/cost
 	dvc repro
 	python -m ml.report.card

@@ -26,6 +26,18 @@ TARGET = 0.99
 Answer = dict[str, Any]
 
 
+def core_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_count() -> int:
+    """For one seed over several processes: one per GPU, else per core; a power of two, to share a batch evenly."""
+    import torch
+
+    places = torch.cuda.device_count() or min(core_count(), 128)
+    return 1 << (places.bit_length() - 1)
+
+
 def last_json(output: str) -> Answer:
     answer: Answer = json.loads(output.strip().splitlines()[-1])
     return answer
@@ -49,13 +61,15 @@ def usual(threads: int, workers: int, *more: str) -> Answer:
     return finish(start([sys.executable, "-m", "benchmarks.usual", *options], OMP_NUM_THREADS=str(threads)))
 
 
-def ours(processes: int, values: Answer, seed: int = 0) -> Answer:
-    """One seed over `processes` processes of one thread each."""
+def ours(values: Answer, seed: int = 0, threads: int = 1, processes: int = 1) -> Answer:
+    """One seed over `processes` processes of `threads` threads each."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*launcher, "benchmarks.ours", "--seed", str(seed), "--set", json.dumps(values)]
-    return finish(start(command, OMP_NUM_THREADS="1", GLIBC_TUNABLES=KEEP_FREED_MEMORY))
+    # As the train stage does, which sets the allocator for its own workers but cannot for torchrun's.
+    allocator = {"GLIBC_TUNABLES": KEEP_FREED_MEMORY} if processes == 1 else {}
+    options = ["--seed", str(seed), "--set", json.dumps(values | {"threads": threads})]
+    return finish(start([*launcher, "benchmarks.ours", *options], OMP_NUM_THREADS=str(threads), **allocator))
 
 
 def ours_side_by_side(seeds: int, values: Answer) -> Answer:
@@ -112,22 +126,26 @@ def median(answers: list[Answer], key: str) -> float:
     return statistics.median(answer[key] for answer in answers)
 
 
-def ratio(text: str, value: float, goal: float, at_most: bool = False) -> str:
+def ratio(text: str, value: float, goal: float, n: int, at_most: bool = False) -> str:
     met = value <= goal if at_most else value >= goal
-    return f"{text}: {value:.2f} (goal: {'at most' if at_most else 'at least'} {goal:g}; {'met' if met else 'NOT met'})"
+    return f"{text}: {value:.2f} (n = {n}; goal: {'at most' if at_most else 'at least'} {goal:g}; {'met' if met else 'NOT met'})"
 
 
 def speed(rounds: int) -> list[str]:
     """Training samples per second, one epoch on MNIST's 60,000 training images."""
-    cores = len(os.sched_getaffinity(0))
+    cores = core_count()
     steps = ["--steps", "150"]
     sides: dict[str, Callable[[], Answer]] = {}
     for workers in (0, 1, 2):
         for threads in sorted({1, cores}):
             sides[f"usual, {workers} workers, {threads} threads"] = lambda t=threads, w=workers: usual(t, w, *steps)  # type: ignore[misc]
-    one_epoch = {"epochs": 1}
-    sides["ours, one seed, 1 process"] = lambda: ours(1, one_epoch)
-    sides[f"ours, one seed, {cores} processes"] = lambda: ours(cores, one_epoch)
+    one_epoch = {"epochs": 1, "batch_size": 256}
+    sides["ours, one seed, 1 thread"] = lambda: ours(one_epoch)
+    sides[f"ours, one seed, {cores} threads"] = lambda: ours(one_epoch, threads=cores)
+    if process_count() > 1:
+        sides[f"ours, one seed, {process_count()} processes"] = lambda: ours(
+            one_epoch, processes=process_count()
+        )
     sides[f"ours, {cores} seeds side by side"] = lambda: ours_side_by_side(cores, one_epoch)
     found = interleaved(sides, rounds)
     whole_epoch = usual(cores, 0)
@@ -141,10 +159,13 @@ def speed(rounds: int) -> list[str]:
     }
     lines += [
         f"test accuracy after this epoch: usual (Adam 0.001) {whole_epoch['accuracies'][-1]:.2%}, ours {min(accuracy.values()):.2%}",
-        ratio("one seed against the usual loop as most run it", one / as_run, 5),
-        ratio("one seed against its best", one / best, 3.5),
+        ratio("one seed against the usual loop as most run it", one / as_run, 5, rounds),
+        ratio("one seed against its best", one / best, 3.5, rounds),
         ratio(
-            "several seeds together against its best", rates[f"ours, {cores} seeds side by side"] / best, 4.5
+            "several seeds together against its best",
+            rates[f"ours, {cores} seeds side by side"] / best,
+            4.5,
+            rounds,
         ),
     ]
     return lines
@@ -152,15 +173,17 @@ def speed(rounds: int) -> list[str]:
 
 def reach(rounds: int) -> list[str]:
     """Seconds of training (evaluation not counted) until 99.0 % test accuracy."""
-    cores = len(os.sched_getaffinity(0))
-    give_up = ["--target", str(TARGET), "--epochs", "8"]
+    cores = core_count()
+    give_up = ["--target", str(TARGET), "--epochs", "6"]
     sides: dict[str, Callable[[], Answer]] = {
         f"usual, {name}": lambda name=name: usual(cores, 0, "--optimizer", name, "--seed", str(next(seeds)), *give_up)  # type: ignore[misc]
         for name in ("adam-0.001", "adadelta", "adam-0.01")
     }
     seeds = iter(range(10_000))
-    for epochs in (1, 2):
-        sides[f"ours, {epochs} epoch{'s' * (epochs > 1)}"] = lambda epochs=epochs: ours(cores, {"epochs": epochs}, next(seeds))  # type: ignore[misc]
+    for epochs, batch in ((1, 64), (1, 128), (2, 128)):
+        values = {"epochs": epochs, "batch_size": batch}
+        name = f"ours, {epochs} epoch{'s' * (epochs > 1)} of batches of {batch}"
+        sides[name] = lambda values=values: ours(values, next(seeds), cores)  # type: ignore[misc]
     found = interleaved(sides, rounds)
     lines, times = [], {}
     for name, answers in found.items():
@@ -177,17 +200,17 @@ def reach(rounds: int) -> list[str]:
         (seconds for name, seconds in times.items() if name.startswith("usual")), default=float("nan")
     )
     mine = min((seconds for name, seconds in times.items() if name.startswith("ours")), default=float("nan"))
-    lines.append(ratio("time to 99.0 %, theirs over ours", theirs / mine, 15))
+    lines.append(ratio("time to 99.0 %, theirs over ours", theirs / mine, 15, rounds))
     return lines
 
 
 def determinism(rounds: int) -> list[str]:
-    """The same weights again, and what torch's own switch for deterministic algorithms would cost on top."""
-    found = interleaved({"ours": lambda: ours(1, {"epochs": 1})}, max(2, rounds))["ours"]
+    """Whether runs with the same seed end in the same weights."""
+    found = interleaved({"ours": lambda: ours({"epochs": 1})}, max(2, rounds))["ours"]
     digests = {answer["sha256"] for answer in found}
     return [
         f"sha256 of the weights over {len(found)} runs: {len(digests)} different ({', '.join(d[:16] for d in digests)})",
-        "cost: none, no operator was exchanged for a deterministic one and no switch is set",
+        "no operator was exchanged for a deterministic one and no switch is set, so there is nothing to pay",
     ]
 
 
@@ -214,9 +237,11 @@ def overhead(rounds: int) -> list[str]:
     bare = json.loads((files.COST / "train.json").read_text())["fit_seconds"]
     return [
         f"dvc status {status:.2f} s, dvc repro with nothing to do {repro:.2f} s",
-        ratio("dvc repro with nothing to do over dvc status", repro / status, 1.5, at_most=True),
+        ratio(
+            "dvc repro with nothing to do over dvc status", repro / status, 1.5, max(5, rounds), at_most=True
+        ),
         f"make run from nothing {whole:.1f} s, of which the seeds' training {bare:.1f} s",
-        ratio("make run over bare training", whole / bare, 1.25, at_most=True),
+        ratio("make run over bare training", whole / bare, 1.25, 1, at_most=True),
     ]
 
 
@@ -235,7 +260,7 @@ def main() -> None:
         raise UserError("data/ is missing: the benchmarks train on MNIST. Run `make data`.")
     for name in arguments.parts or PARTS:
         print(
-            f"{name} ({platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores)",
+            f"{name} ({platform.processor() or platform.machine()}, {core_count()} cores)",
             flush=True,
         )
         lines = PARTS[name](arguments.rounds)

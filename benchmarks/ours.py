@@ -1,4 +1,4 @@
-"""This project's loop on all of MNIST's training images, as `train` runs it. Prints one JSON line.
+"""This project's loop on all of MNIST's training images, with the parameters FAST. Prints one JSON line.
 
 With --wait-for it starts its clock once that file is there, so that several seeds can be timed side by side.
 Under torchrun, one seed over all processes.

@@ -121,6 +121,31 @@ def test_resumed_training_ends_in_the_same_weights_and_curve(
     assert whole.history == resumed.history
 
 
+class DeepNetwork(torch.nn.Module):
+    """More than ten parameters of one shape, some frozen, and dropout, as a team's own model may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = [torch.nn.Conv2d(1, 4, 3, padding=1)]
+        convolutions += [torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(7)]
+        self.layers = torch.nn.Sequential(*convolutions, torch.nn.Dropout(0.3), torch.nn.Flatten())
+        self.linear = torch.nn.Linear(4 * 64, 2)
+        convolutions[1].requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.linear(self.layers(images.float().unsqueeze(1) / 255)), dim=1)
+
+
+def test_resumed_training_of_a_deep_network_with_dropout_ends_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.test_fit.build_model", lambda *arguments: DeepNetwork())
+    params = tiny_params()
+    whole = run(params)
+    run_killed_at(9, params, tmp_path / "checkpoint", monkeypatch)
+    assert same_weights(whole, run(params, file=tmp_path / "checkpoint"))
+
+
 @pytest.mark.parametrize("lost", ["optimizer", "place"])
 def test_resuming_without_part_of_the_state_gives_other_weights(
     lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ import pytest
 
 from ml import files
 from ml.files import load_weights
+from ml.params import Params, load_params
+from ml.stages import train
 from tests.workspace import environment, make_workspace, run_stage
 
 OUTPUTS = ("weights", "model.safetensors", "model.onnx", "training.json")
@@ -35,13 +36,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def prepared(trained: Path, tmp_path: Path) -> Iterator[Path]:
+def prepared(trained: Path, tmp_path: Path) -> Path:
     """A copy of the workspace as it was before train ran."""
     shutil.copytree(trained, tmp_path / "copy")
     for name in OUTPUTS:
         path = tmp_path / "copy" / "artifacts" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    yield tmp_path / "copy"
+    return tmp_path / "copy"
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -192,8 +193,6 @@ def test_two_processes_under_torchrun_agree_with_one_within_tolerance(trained: P
     assert done.returncode == 0, done.stderr
     facts = json.loads((prepared / "artifacts/training.json").read_text())
     assert facts["made_with"]["processes_per_seed"] == 2
-    with np.load(trained / "artifacts/test.npz") as test:
-        images = test["images"]
     for seed in (0, 1):
         one = load_weights(trained / f"artifacts/weights/seed-{seed}.safetensors")
         two = load_weights(prepared / f"artifacts/weights/seed-{seed}.safetensors")
@@ -201,7 +200,29 @@ def test_two_processes_under_torchrun_agree_with_one_within_tolerance(trained: P
             np.testing.assert_allclose(two[name], one[name], atol=1e-3, err_msg=name)
     curves = [pd.read_csv(folder / "reports/train_curve.csv")["train_loss"] for folder in (trained, prepared)]
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-3)
-    assert len(images)
+
+
+def test_checkpoints_of_another_training_are_never_gone_on_with(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    params = load_params()
+
+    def with_train(**changes: object) -> Params:
+        return params.model_copy(update={"train": params.train.model_copy(update=changes)})
+
+    same = train.fingerprint(params)
+    assert train.fingerprint(with_train(seeds=[7])) == same, "each seed has a file of its own"
+    for changes in ({"learning_rate": 0.1}, {"precision": "bfloat16"}, {"threads": 2}):
+        assert train.fingerprint(with_train(**changes)) != same
+    monkeypatch.setattr(train, "made_with", lambda params: {"device": "another one"})
+    assert train.fingerprint(params) != same
+
+
+def test_record_of_a_training_names_what_its_bits_depend_on(trained: Path) -> None:
+    found = json.loads((trained / "artifacts/training.json").read_text())["made_with"]
+    assert set(found) == {"torch", "device", "cpu_capability", "precision", "threads", "processes_per_seed"}
+    assert (found["device"], found["precision"], found["threads"]) == ("cpu", "float32", 1)
 
 
 def test_asking_for_cuda_without_one_is_an_error_that_loses_nothing(prepared: Path) -> None:

@@ -19,6 +19,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[int, dict[str, Tensor]]
     best: dict[str, Tensor]  # weights of the best epoch so far; empty before the first
+    random: dict[str, Tensor]  # states of torch's own generators, for a model that draws from them (dropout)
     losses: Tensor  # (k,) of the steps since the last point of the curve
     history: dict[str, list[dict[str, Any]]]  # as ml.fit.History
 
@@ -26,13 +27,16 @@ class Checkpoint:
         model.load_state_dict(self.model)
         # A fused optimizer walks through the memory of weights and moments alike, so both need one layout
         # (channels_last, say), which load_state_dict does not see to.
-        for state, parameter in zip(self.optimizer.values(), model.parameters()):
+        parameters = list(model.parameters())
+        for index, state in self.optimizer.items():  # by number: the file has them by name, 10 before 2
             for name, value in state.items():
-                if value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
-        optimizer.load_state_dict(
-            {"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+                if value.shape == parameters[index].shape:
+                    state[name] = torch.empty_like(parameters[index]).copy_(value)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": self.optimizer, "param_groups": groups})
+        torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random:
+            torch.cuda.set_rng_state(self.random["cuda"], parameters[0].device)
 
 
 def save(
@@ -49,6 +53,10 @@ def save(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
     tensors["losses"] = losses
+    tensors["random/cpu"] = torch.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
     files.write_bytes(
         path, to_bytes(contiguous, {"progress": json.dumps({"step": step, "history": history})})
@@ -63,7 +71,7 @@ def load(path: Path) -> Checkpoint | None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (FileNotFoundError, SafetensorError):
         return None
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "random": {}, "optimizer": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition("/")
         if group in groups:
@@ -73,5 +81,11 @@ def load(path: Path) -> Checkpoint | None:
         index, _, key = name.partition("/")
         optimizer.setdefault(int(index), {})[key] = value
     return Checkpoint(
-        progress["step"], groups["model"], optimizer, groups["best"], tensors["losses"], progress["history"]
+        progress["step"],
+        groups["model"],
+        optimizer,
+        groups["best"],
+        groups["random"],
+        tensors["losses"],
+        progress["history"],
     )

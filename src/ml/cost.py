@@ -13,11 +13,13 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 @contextmanager
-def measured(stage: str) -> Iterator[dict[str, str | float]]:
+def measured(stage: str, write: bool = True) -> Iterator[dict[str, str | float]]:
     """Write the seconds and peak memory of the block, with what it adds to the yielded dictionary (such as a device)."""
     notes: dict[str, str | float] = {}
     start = time.perf_counter()
     yield notes
+    if not write:
+        return
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     files.write_json(
         files.COST / f"{stage}.json",

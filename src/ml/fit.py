@@ -1,7 +1,7 @@
 """The training loop: one model, one seed, on one device or over the processes of torchrun.
 
-All that is random comes from (seed, epoch) alone, so a run that goes on from a checkpoint, wherever it was
-killed, sees the same batches and ends in the same weights, bit for bit.
+The order of the examples and how they are moved come from (seed, epoch) alone, and a checkpoint holds what a model's
+own draws come from, so a run that goes on from one, wherever it was killed, ends in the same weights, bit for bit.
 """
 
 import math
@@ -143,7 +143,9 @@ def fit(
         if rank == 0 and (now - last_report >= BETWEEN_REPORTS or last_step):
             on_progress(run.progress(params.batch_size))
             last_report = now
-        if rank == 0 and (now - last_checkpoint >= params.checkpoint_seconds or last_step):
+        due = now - last_checkpoint >= params.checkpoint_seconds or last_step
+        # The losses since the last point differ by process, and only this one's would be saved: wait for the point.
+        if rank == 0 and due and (world == 1 or not run.losses):
             run.save()
             last_checkpoint = now
     return Fitted(run.best_state, run.history, time.monotonic() - started, os.getpid())

@@ -49,6 +49,8 @@ def choose_device(params: TrainParams, index: int = 0) -> torch.device:
         )
     if params.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    torch.backends.cudnn.deterministic = True  # else its heuristics may choose a sum in any order
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     return torch.device("cuda", index % torch.cuda.device_count())
 
 
@@ -83,8 +85,9 @@ def fit_side_by_side(fit_seed: FitSeed, params: TrainParams, workers: int, sampl
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UserError(
-                "a training process was killed from outside, perhaps for want of memory. Run the same command again: "
-                "it goes on from the last checkpoint. TRAIN_PROCESSES=1 trains one seed at a time."
+                "a training process was killed from outside, perhaps for want of memory, or could not start (then its "
+                "own message is above).\nRun the same command again: it goes on from the last checkpoint. "
+                "TRAIN_PROCESSES=1 trains one seed at a time."
             ) from None
         finally:  # after a failure or Ctrl-C: leave no process behind
             pool.shutdown(wait=False, cancel_futures=True)

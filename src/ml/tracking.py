@@ -1,6 +1,7 @@
 """Record a training in MLflow. The only module that imports mlflow; where it is not installed, nothing is recorded."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -24,9 +25,12 @@ def log_training(params: Params, fitted: list[Fitted], settings: Settings) -> st
     if importlib.util.find_spec("mlflow") is None:
         return None
     from mlflow.entities import Metric, Param
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "10"
+    )  # seconds; by default a silent server is retried
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # for minutes
     try:
         client = MlflowClient(settings.mlflow_tracking_uri)
         experiment = client.get_experiment_by_name(settings.mlflow_experiment_name)
@@ -44,7 +48,9 @@ def log_training(params: Params, fitted: list[Fitted], settings: Settings) -> st
         for start in range(0, len(metrics), BATCH):
             client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         client.set_terminated(run_id)
-    except MlflowException as error:
+    except (
+        Exception
+    ) as error:  # its store's, its driver's or the network's: none may cost a finished training
         print(f"MLflow at {settings.mlflow_tracking_uri} did not record this run: {error}", file=sys.stderr)
         return None
     return run_id
@@ -74,6 +80,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit that is checked out; "unknown" outside a git repository."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    """The commit that is checked out; "unknown" outside a git repository and without git."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
     return answer.stdout.strip() or "unknown"

@@ -21,6 +21,7 @@ from ml.task.model import build_model
 
 def predict_with_every_seed(params: Params, test: Examples, split: Split) -> Predictions:
     """Probabilities of each seed's model for each test example, computed in float32."""
+    torch.set_num_threads(params.train.threads)  # another number may round otherwise
     device = choose_device(params.train)
     height, width = test.images.shape[1:]
     images = torch.from_numpy(test.images).to(device)
@@ -52,7 +53,7 @@ def mistake_sheet(test: Examples, predictions: Predictions, count: int) -> bytes
         for row in rows
     ]
     wrong = int((mean.argmax(1) != test.labels).sum())
-    title = f"Worst mistakes: actual → predicted ({len(rows)} of {wrong} wrong, {len(test):,} test images)"
+    title = f"Worst mistakes: actual → predicted ({len(rows)} of {wrong} wrong in {len(test):,}, by the seeds' mean)"
     return plots.png(plots.contact_sheet(test.images[rows], captions, title))
 
 

@@ -54,16 +54,30 @@ def total_samples(params: TrainParams) -> int:
     return params.epochs * (examples // params.batch_size) * params.batch_size
 
 
+def made_with(params: TrainParams) -> dict[str, Any]:
+    """What bit-for-bit equality depends on, beside params, data and code."""
+    device = choose_device(params)
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "precision": "bfloat16" if use_bfloat16(params, device) else "float32",
+        "threads": params.threads,
+        "processes_per_seed": int(os.environ["WORLD_SIZE"]) if parallel.under_torchrun() else 1,
+    }
+
+
 def fingerprint(params: Params) -> str:
     """Of all that decides a training: a checkpoint of another one is never gone on with."""
     parts = [
         params.model.model_dump_json(),
         params.train.model_dump_json(exclude={"seeds", "checkpoint_seconds"}),
     ]
-    parts += [torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("WORLD_SIZE", "1")]
+    parts.append(json.dumps(made_with(params.train)))
     parts += [files.sha256(path) for path in (files.TRAIN_EXAMPLES, files.SPLIT)]
     package = Path(ml.__path__[0])
-    parts += [files.sha256(path) for path in sorted(package.glob("*.py")) + sorted(package.glob("task/*.py"))]
+    code = [*sorted(package.glob("*.py")), *sorted(package.glob("task/**/*.py")), Path(__file__)]
+    parts += [files.sha256(path) for path in code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -109,7 +123,6 @@ def save_results(params: Params, fitted: list[Fitted]) -> None:
             "validation_loss": spread([point.loss for point in best]),
         },
     )
-    device = choose_device(params.train)
     files.write_json(
         files.TRAINING,
         {
@@ -125,15 +138,7 @@ def save_results(params: Params, fitted: list[Fitted]) -> None:
             ],
             "weights": sum(parameter.numel() for parameter in model.parameters()),
             "examples": {"train": len(split.train), "validation": len(split.validation)},
-            # What bit-for-bit equality depends on, beside params, data and code.
-            "made_with": {
-                "torch": torch.__version__,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-                "precision": "bfloat16" if use_bfloat16(params.train, device) else "float32",
-                "threads": params.train.threads,
-                "processes_per_seed": process_rank_and_count()[1],
-            },
+            "made_with": made_with(params.train),
         },
     )
 
@@ -158,7 +163,7 @@ def fit_seconds(fitted: list[Fitted]) -> float:
 
 def main() -> None:
     params, settings = load_params(), load_settings()
-    with measured("train") as notes:
+    with measured("train", write=os.environ.get("RANK", "0") == "0") as notes:
         checkpoints = files.CHECKPOINTS / fingerprint(params)
         fit_seed = partial(train_seed, params, checkpoints)
         if parallel.under_torchrun():
@@ -170,7 +175,7 @@ def main() -> None:
             notes |= {"device": str(choose_device(params.train)), "fit_seconds": fit_seconds(fitted)}
             save_results(params, fitted)
             tracking.log_training(params, fitted, settings)
-            shutil.rmtree(files.CHECKPOINTS)
+            shutil.rmtree(files.CHECKPOINTS, ignore_errors=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ def fetch(name: str, to: Path, mirror: str | None = None) -> None:
     """Put the four raw IDX files of `name` into the folder `to`.
 
     What has been downloaded stays in `to`.part until all four files are verified, so an interrupted call goes on
-    where it stopped and the files in `to` are replaced together or not at all.
+    where it stopped and the files in `to` are replaced only then.
 
     Args:
         mirror: a URL or a folder to take the files from, instead of the addresses that torchvision knows.
