@@ -4,9 +4,11 @@ VENV := .venv
 BASELINE ?= main
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ENOUGH_FOR_DEMO := $(VENV)/.installed-for-demo
 # On Linux, PyPI's torch brings CUDA (gigabytes). For a machine without a GPU:
 #   make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 EXTRAS := train,pipeline,track,report,serve,dev
+DEMO_EXTRAS := train,report
 SHELL := /bin/bash  # Apple's make heeds the exported PATH only where it has to start a shell
 # Stages run as `python -m …`, by dvc and by hand, so the environment comes first on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -18,14 +20,24 @@ export DVC_NO_ANALYTICS := 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# $(call install,EXTRAS). torch first and alone: then nothing that depends on it can choose another build. Bytecode is
+# made when a module is first imported, which for most of them is never.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[$(1)]'
+endef
+
 setup: $(INSTALLED)  ## make the virtual environment in .venv, with every package pinned by constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Run: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	@# torch first and alone: then nothing that depends on it can choose another build.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(call install,$(EXTRAS))
+	@touch $(ENOUGH_FOR_DEMO) $@
+
+$(ENOUGH_FOR_DEMO): pyproject.toml constraints.txt
+	$(call install,$(DEMO_EXTRAS))
 	@touch $@
 
 data: setup  ## put the raw data of data.dvc into data/: from the DVC remote, else from the published mirrors
@@ -53,7 +65,7 @@ lint: setup  ## black, mypy (strict), pyflakes, import-linter
 test: lint  ## lint, then every test; ends with pytest's summary
 	pytest --cov --cov-report=term:skip-covered --cov-report=xml --junitxml=junit.xml $(PYTEST)
 
-demo: setup  ## a merge request's life on embedded digits, in a scratch workspace, with no download
+demo: $(ENOUGH_FOR_DEMO)  ## a merge request's life on embedded digits, in a scratch workspace, with no download
 	python demo/run.py
 
 bench: setup  ## benchmarks beside their peers, written to reports/bench/
