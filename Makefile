@@ -9,7 +9,8 @@ ENOUGH_FOR_DEMO := $(VENV)/.installed-for-demo
 #   make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 EXTRAS := train,pipeline,track,report,serve,dev
 DEMO_EXTRAS := train,report
-SHELL := /bin/bash  # Apple's make heeds the exported PATH only where it has to start a shell
+# Apple's make heeds the exported PATH only where it has to start a shell, which naming one makes it do.
+SHELL := /bin/bash
 # Stages run as `python -m …`, by dvc and by hand, so the environment comes first on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -20,9 +21,8 @@ export DVC_NO_ANALYTICS := 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# $(call install,EXTRAS). torch first and alone: then nothing that depends on it can choose another build. Bytecode is
-# made when a module is first imported, which for most of them is never.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# $(call install,EXTRAS). torch first and alone: then nothing that depends on it can choose another build.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
