@@ -1,16 +1,21 @@
-"""How often the verdict is wrong, and how long it takes. Each figure is printed with n and its 95 % interval.
+"""How often the verdict is wrong, how long it takes, and how much the report job installs.
+
+Each share of independent runs is printed with n and its 95 % interval.
 
 python -m benchmarks.verdict simulate [--runs 1000]     merge requests whose truth is known
 python -m benchmarks.verdict seeds [--keep FILE]        real trainings with the same params and other seeds
 python -m benchmarks.verdict speed                      compare, then comment: 10,000 examples × 5 seeds
+python -m benchmarks.verdict size                       the report job's environment, in a fresh folder
 """
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +141,12 @@ def share(count: int, total: int) -> str:
 def train_seeds(data: Path, count: int, train_images: int, file: Path) -> Predictions:
     """MNIST's test images as seen by `count` models that differ in their seed alone; kept in `file`."""
     if file.exists():
-        return files.load_predictions(file)
+        kept = files.load_predictions(file)
+        if len(kept.seeds) != count:
+            sys.exit(
+                f"{file} holds {len(kept.seeds)} trainings, not {count}. Delete it, or pass --count {len(kept.seeds)}."
+            )
+        return kept
     import torch
 
     from ml.fit import Resident, fit, predict
@@ -172,8 +182,13 @@ def train_seeds(data: Path, count: int, train_images: int, file: Path) -> Predic
 
 
 def seeds(data: Path, count: int, train_images: int, keep: Path) -> None:
-    """Disjoint sets of seeds, each set compared with the next; then 1,000 random pairs of sets, which share seeds."""
+    """Disjoint sets of seeds, each set compared with the next; then 1,000 random pairs of sets.
+
+    The random pairs share the same trainings, so they are not 1,000 independent ones: a share without an interval.
+    `train_images` is what `keep` was made with, if it is there.
+    """
     predictions = train_seeds(data, count, train_images, keep)
+    recipe = f"(1 epoch, {train_images:,} images)"
     table = right(predictions)
     print(
         f"{count} trainings of MiniCNN on {train_images:,} MNIST images, 1 epoch, same params: accuracy "
@@ -183,14 +198,16 @@ def seeds(data: Path, count: int, train_images: int, keep: Path) -> None:
     for size in (2, 3, 5):
         sets = np.arange(count // size * size).reshape(-1, size)
         pairs = [(sets[k], sets[k + 1]) for k in range(0, len(sets) - 1, 2)]
-        report(f"{len(pairs)} disjoint pairs of sets of {size} seeds", table, pairs)
+        report(f"{len(pairs)} disjoint pairs of sets of {size} seeds {recipe}", table, pairs)
         random = np.random.default_rng(size)
         drawn = [random.permutation(count)[: 2 * size].reshape(2, size) for _ in range(1000)]
-        report(f"1,000 random pairs of sets of {size} seeds", table, [(pair[0], pair[1]) for pair in drawn])
+        what = f"1,000 random pairs of sets of {size} of the same {count} seeds {recipe}"
+        report(what, table, [(pair[0], pair[1]) for pair in drawn], independent=False)
     luck = [(np.array([a]), np.array([b])) for a, b in zip(range(0, count, 2), range(1, count, 2))]
     called = sum(abs(single(table, a[0], b[0])) > 0 for a, b in luck)
     print(
-        f"  for comparison, McNemar's exact test on {len(luck)} pairs of single seeds: {share(called, len(luck))}"
+        f"  for comparison, McNemar's exact test on {len(luck)} pairs of single seeds {recipe}: "
+        f"{share(called, len(luck))}"
     )
 
 
@@ -201,11 +218,20 @@ def single(table: Floats, a: int, b: int) -> int:
     return int(np.sign(gained - lost)) if certain else 0
 
 
-def report(what: str, table: Floats, pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
+def report(
+    what: str,
+    table: Floats,
+    pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    independent: bool = True,
+) -> None:
     found = [difference(table[a], table[b], PSEUDO_FLIPS) for a, b in pairs]
     changed = sum(each.low > 0 or each.high < 0 for each in found)
     blocked = sum(not rule(each, "accuracy", MARGIN, "pass").passes for each in found)
-    print(f"  {what}: called a change {share(changed, len(found))}, blocked {share(blocked, len(found))}")
+    said = [
+        share(count, len(found)) if independent else f"{count / len(found):.1%}"
+        for count in (changed, blocked)
+    ]
+    print(f"  {what}: called a change {said[0]}, blocked {said[1]}")
 
 
 # ---- Speed ---------------------------------------------------------------------------------------------------------
@@ -241,9 +267,36 @@ def big(first_seed: int) -> Predictions:
 
 
 def timed(folder: Path, module: str, *arguments: str) -> float:
+    # in a pipeline, that is about another repository
+    environment = {name: value for name, value in os.environ.items() if name != "CI_COMMIT_SHA"}
+    command = [sys.executable, "-m", module, *arguments]
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", module, *arguments], cwd=folder, check=True, capture_output=True)
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+# ---- Size ----------------------------------------------------------------------------------------------------------
+
+SIZE_GOAL = 300  # MB, of 1,000,000 bytes
+
+
+def size(root: Path) -> None:
+    """What a fresh environment for the report job holds, compiled modules left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        python = next(Path(folder).glob("*/python"))
+        install = ["install", "--quiet", "--no-compile", "--constraint", root / "constraints.txt"]
+        command = [sys.executable, "-m", "pip", "--python", python, *install, f"{root}[report]"]
+        subprocess.run(command, check=True)
+        packages = next(Path(folder).glob("lib/python*/site-packages"))
+        sizes: Counter[str] = Counter()
+        for path in packages.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                sizes[path.relative_to(packages).parts[0]] += path.stat().st_size
+    total = sum(sizes.values()) / 1e6
+    met = "met" if total < SIZE_GOAL else "not met"
+    print(f"report job's site-packages: {total:.0f} MB; goal under {SIZE_GOAL} MB: {met}")
+    print("largest: " + ", ".join(f"{name} {found / 1e6:.0f} MB" for name, found in sizes.most_common(8)))
 
 
 def main() -> None:
@@ -260,13 +313,16 @@ def main() -> None:
     real.add_argument("--keep", type=Path, default=Path("reports/bench/seeds.npz"))
     timing = commands.add_parser("speed")
     timing.add_argument("--repetitions", type=int, default=3)
+    commands.add_parser("size")
     arguments = parser.parse_args()
     if arguments.command == "simulate":
         simulate(arguments.runs)
     elif arguments.command == "seeds":
         seeds(arguments.data, arguments.count, arguments.train_images, arguments.keep)
-    else:
+    elif arguments.command == "speed":
         speed(arguments.repetitions)
+    else:
+        size(Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ def run(*command: str, quiet: bool = False, may_fail: bool = False) -> None:
     if not quiet:
         print(f"$ {shlex.join(command)}", flush=True)
     environment = {
-        **os.environ,
+        # In a GitLab job, CI_* and its kin describe another repository than the scratch one.
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CI_", "GITLAB_", "REPO_TOKEN"))
+        },
         **IDENTITY,
         "PYTHONPATH": str(PROJECT / "src"),
         "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",

@@ -1,5 +1,6 @@
 """What changed, read from two dvc.lock files: causes only, and nothing but a UserError for a lock that is none."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,41 @@ trees = st.recursive(
 
 @given(trees)
 def test_trees_that_are_no_lock_are_a_user_error_or_a_lock(tree: Any) -> None:
-    import io
-
     text = io.BytesIO()
     YAML(typ="safe").dump({"stages": {"train": tree}}, text)
     try:
         parse_lock(text.getvalue(), "here")
     except UserError as error:
         assert "here is not a dvc.lock" in str(error)
+
+
+def stage_lock(**entry: Any) -> bytes:
+    text = io.BytesIO()
+    YAML(typ="safe").dump({"stages": {"train": {"cmd": "run"} | entry}}, text)
+    return text.getvalue()
+
+
+def test_dependency_that_is_an_address_is_known_by_what_its_server_says() -> None:
+    deps = [{"path": "https://e.x/a", "etag": "abc"}, {"path": "s3://e/b", "checksum": "def"}]
+    assert parse_lock(stage_lock(deps=deps), "here").sources == {"https://e.x/a": "abc", "s3://e/b": "def"}
+
+
+def test_wrong_types_in_a_lock_become_text_that_can_be_compared() -> None:
+    found = parse_lock(stage_lock(deps=[{"path": 5, "md5": 7}], outs=[{"path": 6, "md5": [1]}]), "here")
+    assert found.sources == {"5": "7"} and found.outs == {"6": "[1]"}
+    assert [each.path for each in changes.changed_files(found.sources, {})] == ["5"]
+
+
+@pytest.mark.parametrize("params", ["&a [*a]", "&a {b: *a}", "{a: [{? [1, 2] : 3}]}"])
+def test_params_that_no_report_could_show_are_a_user_error(params: str) -> None:
+    text = f"stages: {{train: {{cmd: run, params: {{params.yaml: {{x: {params}}}}}}}}}"
+    with pytest.raises(UserError, match="here is not a dvc.lock"):
+        parse_lock(text.encode(), "here")
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1", b"\xff", b"a: [", b"x: &a {b: *a}", b"a: {b: 1}"])
+def test_older_params_that_cannot_be_read_are_none(content: bytes) -> None:
+    assert changes.read_params(content) in ({}, {"a.b": 1})
 
 
 @pytest.fixture
@@ -131,10 +159,10 @@ def test_params_code_data_packages_and_commands_are_found_between_two_commits(ex
 
 
 def test_file_names_of_every_kind_reach_git_as_file_names(experiment: Experiment) -> None:
-    names = ["src/a b.py", "src/ü.py", "--output=x.py", "src/:(top)x.py"]
+    names = ["src/a b.py", "src/ü.py", "--output=x.py", "src/:(top)x.py", ":(top)x.py"]
     for name in names:
         experiment.write(name, "one\n")
-    experiment.git("add", "--all", "--", ".")
+    experiment.git("add", "--all", ".")
     experiment.git("commit", "--quiet", "--message", "names")
     for name in names:
         experiment.write(name, "one\ntwo\n")

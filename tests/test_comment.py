@@ -1,9 +1,14 @@
 """The comment: the verdict first, everything there, and nothing that others wrote does more than be read."""
 
+import itertools
 import json
+import math
+import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,11 +18,22 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from ml import files
-from ml.report import attachments, comment, note, result
+from ml.errors import UserError
+from ml.report import attachments, card, comment, compare, note, result
 from ml.report.comment import LIMIT, compose, fit
 from ml.report.page import page
-from ml.report.result import Comparison, Picture
+from ml.report.result import (
+    Changes,
+    ClassResult,
+    Common,
+    Comparison,
+    DataDifference,
+    ParamChange,
+    Picture,
+)
+from tests import test_escape
 from tests.comparisons import comparison, difference, without_baseline
+from tests.gitlab_emulator.rendering import effects
 
 PLOTS = [Picture(path="plots/confusion_matrix.png", title="Confusion matrix")]
 OWN_HTML = re.compile(
@@ -51,8 +67,14 @@ def test_first_line_of_a_first_run_gives_the_candidates_value() -> None:
 
 
 def test_first_line_of_another_test_set_is_no_verdict() -> None:
-    line = first_line(without_baseline(verdict="not comparable", problem=None))
+    common = Common(shared=9, only_candidate=1, only_baseline=0, relabelled=0, difference=None)
+    line = first_line(without_baseline(verdict="not comparable", problem=None, common=common))
     assert line == "## 🟡 Not comparable: another test set; accuracy 99.03 %"
+
+
+def test_first_line_of_renamed_classes_does_not_speak_of_another_test_set() -> None:
+    line = first_line(without_baseline(verdict="not comparable", problem=None))
+    assert line == "## 🟡 Not comparable: the classes have other names; accuracy 99.03 %"
 
 
 def test_identical_predictions_are_called_that() -> None:
@@ -81,6 +103,47 @@ def test_gate_and_its_label_are_in_the_comment() -> None:
     assert "✅ **Gate passes.** The label accept-regression" in compose(
         comparison(-0.004, -0.002), ["accept-regression"], []
     )
+
+
+def changed_params(*keys: str) -> Changes:
+    params = [ParamChange(key=key, before="1", after="2") for key in keys]
+    return Changes(params=params, code=[], data=[], dependencies=[], packages=[], commands=[])
+
+
+def test_change_of_the_gates_own_rules_is_said_before_anything_unfolds() -> None:
+    text = compose(comparison(changes=changed_params("train.epochs", "report.margin")), [], [])
+    said = "⚠️ This merge request changes the gate's own rules: `report.margin`."
+    assert said in text.partition("###")[0]
+    assert "gate's own rules" not in compose(comparison(changes=changed_params("train.epochs")), [], [])
+    assert "gate's own rules" not in compose(
+        comparison(changes=changed_params("report.sheet_examples")), [], []
+    )
+
+
+@pytest.mark.parametrize(("before", "now", "said"), [(0, 3, True), (3, 3, False), (5, 3, False)])
+def test_leak_that_the_merge_request_introduces_is_said_before_anything_unfolds(
+    before: int, now: int, said: bool
+) -> None:
+    data = DataDifference(changed=True, parts=[], in_both_parts_before=before, in_both_parts=now)
+    top = compose(comparison(data=data), [], []).partition("<details>")[0]
+    assert ("3 images are in both the training and the test part, before 0." in top) == said
+
+
+def test_cost_says_when_there_is_nothing_to_compare_it_with() -> None:
+    alone = comparison().stages[0].model_copy(update={"baseline_seconds": None})
+    assert "The baseline's cost is not at hand" in compose(comparison(stages=[alone]), [], [])
+    assert "not at hand" not in compose(comparison(), [], [])
+
+
+def test_of_many_classes_the_clearest_are_listed() -> None:
+    classes = [
+        ClassResult(name=f"class{n}", examples=9, recall=difference(0.01, 0.02), p_value=p)
+        for n, p in enumerate([None, *[1.0] * 40, 0.001])
+    ]
+    text = compose(comparison(classes=classes), [], [])
+    table = text[text.index("Classes: 1 of 42 differ detectably") :]
+    assert table.index("class41") < table.index("class1`") and "class0`" not in table
+    assert "The clearest first:" in text and "… and 12 more" in table
 
 
 def test_one_seed_on_each_side_is_pointed_out() -> None:
@@ -187,6 +250,34 @@ def test_random_hostile_text_in_every_place_stays_text(text: str) -> None:
     assert_harmless(markdown, {"comparison/difference.png", PLOTS[0].path})
 
 
+def with_texts(compared: Comparison, texts: Iterator[str]) -> Comparison:
+    """The same with the next of `texts` wherever `compared` has the text PLACE."""
+
+    def filled(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: filled(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [filled(value) for value in tree]
+        return next(texts) if tree == "PLACE" else tree
+
+    return Comparison.model_validate(filled(compared.model_dump()))
+
+
+def test_5000_hostile_values_have_no_effect_in_the_comment() -> None:
+    """Figure 9: 0 quick actions, mentions, links or foreign images. Another value in each place of each comment."""
+    places = comparison(text="PLACE", count=8)
+    numbered = compose(with_texts(places, (f"harmless{n}x" for n in itertools.count())), [], PLOTS)
+    shown = len(set(re.findall(r"harmless\d+x", numbered)))
+    expected = effects(compose(with_texts(places, itertools.repeat("harmless")), [], PLOTS))
+    assert shown > 100 and expected.quick_actions == expected.references == expected.links == []
+
+    draw = random.Random(9)
+    several = HOSTILE + test_escape.HOSTILE
+    values = ("".join(draw.choices(several, k=draw.randint(1, 5))) for _ in itertools.count())
+    for _ in range(math.ceil(5000 / shown)):
+        assert effects(compose(with_texts(places, values), [], PLOTS)) == expected
+
+
 @pytest.mark.parametrize("text", ["x" * 100_000, "`" * 5_000, "|" * 1_000, "\n" * 1_000, "\u202e" * 500])
 def test_comment_stays_below_its_limit_whatever_the_input(text: str) -> None:
     markdown = compose(comparison(text=text, count=1000), [], PLOTS)
@@ -208,6 +299,7 @@ def test_long_lists_are_cut_and_counted() -> None:
 @pytest.fixture
 def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a comparison and its pictures."""
+    monkeypatch.delenv("CI_COMMIT_SHA", raising=False)
     monkeypatch.chdir(tmp_path)
     for path in ("comparison/difference.png", "plots/confusion_matrix.png", "plots/foreign.png"):
         files.write_bytes(files.REPORTS / path, b"\x89PNG\r\n")
@@ -234,6 +326,22 @@ def test_command_writes_the_list_of_pictures_that_publish_reads(
     assert linked == set(listed)
     for picture in listed:
         assert attachments.read_picture(reports, picture).startswith(b"\x89PNG")
+
+
+def test_command_refuses_the_comparison_of_another_commit(
+    reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI_COMMIT_SHA", "e" * 40)
+    with pytest.raises(UserError, match="about commit aaaaaaaa, and this job is about eeeeeeee"):
+        run_main(monkeypatch)
+    assert not (reports / "comment.md").exists()
+
+
+def test_git_ignores_what_the_report_writes() -> None:
+    ignored = (Path(__file__).parents[1] / "reports" / ".gitignore").read_text().split()
+    written = [result.COMPARISON, compare.PICTURES, comment.COMMENT, card.CARD]
+    written += [files.REPORTS / "comment.html", attachments.manifest_path(comment.COMMENT)]
+    assert {f"/{path.name}" for path in written} <= set(ignored)
 
 
 def test_html_page_holds_its_pictures_and_asks_no_other_host(

@@ -3,7 +3,11 @@
 import json
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,10 @@ import pytest
 
 from ml import files
 from ml.errors import UserError
-from ml.report import compare, gate, result
+from ml.report import comment, compare, gate, git, result
+from ml.report.baseline import Side, Unavailable
+from ml.report.changes import outdated
+from ml.report.lock import Lock, StageLock, read_lock
 from ml.report.result import Comparison
 from tests.experiment import CLASSES, Experiment, examples, make_experiment, predictions
 
@@ -97,11 +104,10 @@ def test_examples_are_paired_by_id_whatever_their_order(experiment: Experiment) 
     assert run(baseline).identical
 
 
-@pytest.mark.parametrize("revision", ["", "0" * 40])
-def test_first_run_ever_passes_when_there_is_no_revision(experiment: Experiment, revision: str) -> None:
+def test_first_run_ever_passes_when_there_is_no_revision(experiment: Experiment) -> None:
     experiment.write_results(predictions())
     experiment.commit()
-    comparison = run(revision)
+    comparison = run("0" * 40)
     assert (comparison.verdict, comparison.problem) == ("no baseline", "first_run")
     assert comparison.candidate["accuracy"].mean > 0.8
     assert passes(comparison)
@@ -115,6 +121,30 @@ def test_first_run_passes_when_the_baseline_has_no_lock_file(experiment: Experim
     comparison = run("HEAD~1")
     assert comparison.problem == "first_run"
     assert passes(comparison)
+
+
+@pytest.mark.parametrize("revision", ["", " "])
+def test_empty_revision_is_a_variable_that_is_not_set_and_no_first_run(
+    experiment: Experiment, revision: str
+) -> None:
+    experiment.write_results(predictions())
+    experiment.commit()
+    with pytest.raises(UserError, match="--baseline is empty: a variable is not set"):
+        run(revision)
+
+
+def test_baseline_that_git_cannot_read_is_no_first_run(experiment: Experiment) -> None:
+    baseline = two_commits(experiment)
+    blob = experiment.git("rev-parse", f"{baseline}:dvc.lock")
+    (experiment.folder / ".git/objects" / blob[:2] / blob[2:]).unlink()  # as in a partial clone
+    with pytest.raises(UserError, match=f"git cannot read dvc.lock of {baseline[:8]}.*GIT_DEPTH"):
+        run(baseline)
+
+
+def test_git_that_cannot_tell_is_not_taken_for_a_clean_folder(experiment: Experiment) -> None:
+    (experiment.folder / ".git/index").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="`git status` fails"):
+        git.is_dirty()
 
 
 def test_first_run_passes_when_the_baseline_never_evaluated(experiment: Experiment) -> None:
@@ -162,6 +192,43 @@ def test_candidate_files_that_the_job_lacks_come_from_the_remote_too(experiment:
     assert "comparison/broken.png" in [picture.path for picture in comparison.pictures]
 
 
+def test_test_images_of_another_run_are_a_note_and_no_traceback(experiment: Experiment) -> None:
+    baseline = two_commits(experiment, wrong=0.4)
+    other = predictions(id_from=1000)
+    files.save_examples(files.TEST_EXAMPLES, examples(other.ids, other.labels))
+    experiment.commit("load ran, evaluate did not")
+    comparison = run(baseline)
+    assert comparison.verdict == "worse"
+    [note] = [note for note in comparison.notes if "could not be drawn" in note.text]
+    assert "artifacts/test.npz lacks the example" in note.detail
+
+
+def test_results_older_than_what_they_depend_on_say_so(experiment: Experiment) -> None:
+    baseline = two_commits(experiment)
+    assert run(baseline).notes == []
+    experiment.write("src/train.py", "edited\n")
+    experiment.params["train"]["epochs"] = 99
+    experiment.write_params()
+    [note] = run(baseline).notes
+    assert "older than files or params that they depend on" in note.text
+    assert note.detail == "src/train.py, train.epochs"
+
+
+def test_stage_that_read_another_output_than_the_lock_has_is_outdated() -> None:
+    first = StageLock("run", {}, {}, {"x": "2"})
+    assert outdated(Lock({"a": first, "b": StageLock("run", {"x": "1"}, {}, {})})) == ["x"]
+    assert outdated(Lock({"a": first, "b": StageLock("run", {"x": "2"}, {}, {})})) == []
+
+
+def test_change_of_the_gates_own_rules_is_among_the_changed_params(experiment: Experiment) -> None:
+    experiment.write_results(predictions())
+    baseline = experiment.commit()
+    experiment.params["report"]["margin"] = 0.5
+    experiment.commit()
+    changes = run(baseline).changes
+    assert changes and [(each.key, each.after) for each in changes.params] == [("report.margin", "0.5")]
+
+
 def test_comparison_without_test_images_says_what_it_could_not_draw(experiment: Experiment) -> None:
     baseline = two_commits(experiment, wrong=0.4)
     md5 = files.md5(files.TEST_EXAMPLES)
@@ -173,7 +240,7 @@ def test_comparison_without_test_images_says_what_it_could_not_draw(experiment: 
 
 
 def test_results_that_were_never_pushed_do_not_block(experiment: Experiment) -> None:
-    experiment.add_remote()
+    experiment.add_remote().mkdir()
     baseline = two_commits(experiment, wrong=0.4)
     without_cache(experiment)
     comparison = run(baseline)
@@ -189,6 +256,64 @@ def test_missing_remote_does_not_block(experiment: Experiment) -> None:
     comparison = run(baseline)
     assert comparison.problem == "not_stored"
     assert passes(comparison)
+
+
+def test_folder_of_the_remote_that_is_not_mounted_blocks(experiment: Experiment) -> None:
+    experiment.add_remote()
+    baseline = two_commits(experiment)
+    without_cache(experiment)
+    comparison = run(baseline)
+    assert comparison.problem == "unreachable"
+    assert comparison.detail and "the remote says FileNotFoundError" in comparison.detail
+    assert not passes(comparison)
+
+
+@contextmanager
+def http_remote(experiment: Experiment, status: int) -> Iterator[None]:
+    """A DVC remote that answers every request with `status`."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/store"
+        text = f"[core]\n    remote = web\n['remote \"web\"']\n    url = {url}\n"
+        (experiment.folder / ".dvc/config.local").write_text(text)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [(401, "unreachable"), (403, "unreachable"), (503, "unreachable"), (404, "not_stored")],
+)
+def test_remote_that_refuses_or_is_down_blocks_and_one_that_lacks_the_object_does_not(
+    experiment: Experiment, status: int, problem: str
+) -> None:
+    baseline = two_commits(experiment)
+    without_cache(experiment)
+    with http_remote(experiment, status):
+        comparison = run(baseline)
+    assert comparison.problem == problem
+    assert comparison.detail and (str(status) in comparison.detail) == (problem == "unreachable")
+    assert passes(comparison) == (problem == "not_stored")
+
+
+def test_remote_to_which_there_is_no_connection_blocks(experiment: Experiment) -> None:
+    baseline = two_commits(experiment)
+    without_cache(experiment)
+    with http_remote(experiment, 200):
+        pass
+    assert run(baseline).problem == "unreachable"
 
 
 def test_remote_that_cannot_be_asked_blocks(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +366,16 @@ def test_predictions_that_make_no_sense_are_called_damaged(problem: str, broken:
         checked_predictions(broken(predictions()))
 
 
+def test_error_without_a_message_is_called_damage_by_its_name(experiment: Experiment) -> None:
+    def refuse(path: Path) -> None:
+        raise ValueError
+
+    experiment.write_results(predictions())
+    experiment.commit()
+    with pytest.raises(Unavailable, match="reports/metrics.json cannot be used: ValueError"):
+        Side(None, read_lock()).read(files.METRICS, refuse)
+
+
 def test_baseline_whose_predictions_make_no_sense_blocks(experiment: Experiment) -> None:
     experiment.write_results(predictions())
     files.write_bytes(files.PREDICTIONS, b"no arrays")
@@ -279,6 +414,7 @@ def test_renamed_classes_are_not_comparable(experiment: Experiment) -> None:
     comparison = run(baseline)
     assert comparison.verdict == "not comparable"
     assert comparison.detail == "dog is now fox"
+    assert "the classes have other names" in comment.headline(comparison)
 
 
 def test_one_seed_borrows_the_other_sides_seed_noise(experiment: Experiment) -> None:
@@ -341,7 +477,7 @@ def test_job_local_remote_configuration_is_used_for_the_older_commit(
     without_cache(experiment)
     moved = tmp_path / "moved"
     remote.rename(moved)
-    assert run(baseline).problem == "not_stored"
+    assert run(baseline).problem == "unreachable"
     (experiment.folder / ".dvc/config.local").write_text(f"['remote \"store\"']\n    url = {moved}\n")
     assert run(baseline).verdict == "no detectable difference"
 
@@ -374,6 +510,7 @@ def test_reproduce_names_commit_lock_and_model(experiment: Experiment) -> None:
     assert made.commit == experiment.git("rev-parse", "HEAD") and made.baseline_commit == baseline
     assert made.lock_sha256 == files.sha256(Path("dvc.lock"))
     assert made.model_sha256 == files.sha256(files.MODEL_ONNX)
+    assert "make setup && . .venv/bin/activate" in made.commands
     assert not made.dirty
     experiment.write("src/train.py", "three\n")
     assert run(baseline).reproduce.dirty

@@ -59,6 +59,11 @@ def test_missing_baseline_passes_only_where_there_are_no_results_to_be_had(
     assert blocks(without_baseline(problem)) == blocked
 
 
+def test_results_that_are_nowhere_are_not_called_missing_ones() -> None:
+    assert "nothing was compared" in gate.decide(without_baseline("not_stored"), []).reason
+    assert "no earlier results" in gate.decide(without_baseline("first_run"), []).reason
+
+
 def test_other_test_set_blocks_until_a_person_sets_the_label() -> None:
     compared = without_baseline(verdict="not comparable", problem=None)
     assert blocks(compared)
@@ -95,6 +100,11 @@ def test_larger_margin_never_turns_a_pass_into_a_block(low: float, width: float)
         assert wide or not narrow
 
 
+@pytest.fixture(autouse=True)
+def no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI_COMMIT_SHA", raising=False)
+
+
 def run_main(monkeypatch: pytest.MonkeyPatch, folder: Path, compared: Comparison, labels: str = "") -> int:
     path = folder / "comparison.json"
     result.save(path, compared)
@@ -124,6 +134,19 @@ def test_command_reads_the_labels_that_gitlab_sets(
 ) -> None:
     assert run_main(monkeypatch, tmp_path, comparison(-0.004, -0.002), "bug,accept-regression") == 0
     assert "The label accept-regression lets it pass" in capsys.readouterr().out
+
+
+def test_gate_refuses_the_comparison_of_another_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    better = comparison(0.001, 0.003)
+    monkeypatch.setenv("CI_COMMIT_SHA", "e" * 40)
+    with pytest.raises(
+        UserError, match="about commit aaaaaaaa, and this job is about eeeeeeee.*ml.report.compare"
+    ):
+        run_main(monkeypatch, tmp_path, better)
+    monkeypatch.setenv("CI_COMMIT_SHA", better.reproduce.commit)
+    assert run_main(monkeypatch, tmp_path, better) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"verdict": "great"}'])

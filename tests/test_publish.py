@@ -489,6 +489,38 @@ def test_publish_merges_again_when_another_overwrites_its_result(
     assert [run.verdict for run in the_note(gitlab).runs] == ["Result 9", "Result 1"]
 
 
+def test_retried_edit_keeps_what_another_published_during_the_wait(
+    gitlab: GitLabEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(gitlab, 1)
+    [note] = gitlab.project.merge_requests[3].notes.values()
+    gitlab.fail_next(502, method="PUT")
+    meetings = iter([1])
+
+    def publish_another(seconds: float) -> None:
+        if next(meetings, None):
+            found = parse(note.body)
+            assert found is not None and gitlab.faults.waiting == 0
+            note.body = render(merge([found, Content("## Result 9", (run(9),))]), f"{gitlab.url}/g/proj")
+
+    monkeypatch.setattr(publishing.time, "sleep", publish_another)
+
+    publish(gitlab, 2)
+
+    assert [each.verdict for each in the_note(gitlab).runs] == ["Result 9", "Result 2", "Result 1"]
+
+
+def test_retried_edit_waits_as_long_as_gitlab_asks(gitlab: GitLabEmulator) -> None:
+    publish(gitlab, 1)
+    gitlab.fail_next(429, method="PUT", retry_after="1")
+    started = time.monotonic()
+
+    publish(gitlab, 2)
+
+    assert time.monotonic() - started >= 0.9
+    assert [each.verdict for each in the_note(gitlab).runs] == ["Result 2", "Result 1"]
+
+
 # ---- Many at once --------------------------------------------------------------------------------------------
 
 
@@ -724,6 +756,9 @@ import requests
 options = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
 json.dump([sys.argv, dict(os.environ)], open("{record}", "w"))
 mode = "{mode}"
+if mode == "garbled":
+    sys.stderr.buffer.write(b"\\xff no UTF-8")
+    sys.exit(1)
 if mode == "refuse":
     sys.exit("Error: no, not with " + os.environ["REPO_TOKEN"])
 title = "CML watermark " + options["watermark-title"]
@@ -836,7 +871,7 @@ def test_python_gitlab_edits_when_cml_would_take_another_users_note(
     assert gitlab.notes()[0].body == other.body
 
 
-@pytest.mark.parametrize("mode", ["refuse", "crash"])
+@pytest.mark.parametrize("mode", ["refuse", "garbled", "crash"])
 def test_python_gitlab_publishes_when_cml_fails_before_or_after_posting(
     gitlab: GitLabEmulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:

@@ -205,6 +205,21 @@ def test_mcnemar_compares_the_two_shipped_models() -> None:
     assert statistics.paired_tests(new, new, 0, 0).mcnemar_p_value == 1.0
 
 
+def test_permutation_test_keeps_its_table_of_signs_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    class Found:
+        pvalue = 0.5
+
+    def record(data: tuple[Floats], *_: object, batch: int, **__: object) -> Found:
+        batches.append(batch * len(data[0]))
+        return Found()
+
+    monkeypatch.setattr(statistics.stats, "permutation_test", record)
+    statistics.permutation_p_value(np.ones(100_000))
+    assert batches == [statistics.PERMUTATION_CELLS]
+
+
 def test_permutation_test_is_exact_for_few_differences() -> None:
     assert statistics.permutation_p_value(np.array([0.0, 0, 1, 1, 1, 1, 0])) == pytest.approx(2 / 16)
     assert statistics.permutation_p_value(np.zeros(5)) == 1.0

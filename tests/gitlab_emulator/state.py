@@ -113,9 +113,7 @@ class State:
         self.projects: dict[int, Project] = {}
         self.tokens: dict[str, Token] = {}
         self.quick_actions: list[QuickAction] = []
-        self.requests: list[Json] = (
-            []
-        )  # method, path, status, token scope: what a test may look at afterwards
+        self.requests: list[Json] = []  # method, path, status: what a test may look at afterwards
         self._last_id = 0
 
     def new_id(self) -> int:

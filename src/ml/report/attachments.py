@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ml.errors import UserError
 
+COMMENT = Path("reports/comment.md")
 PICTURES_LIMIT = 50  # pictures in a report
 PICTURE_BYTES = 10_000_000  # of one picture
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp")

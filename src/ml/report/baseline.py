@@ -71,7 +71,12 @@ class Side:
         try:
             content: bytes = self.stored.read_bytes(path.as_posix())
             return content
-        except FileNotFoundError:
+        except FileNotFoundError:  # also what DVC makes of a remote that refuses or is down
+            try:
+                ask_remote(self.lock.outs[path.as_posix()])
+            except Exception as error:  # each kind of remote raises its own
+                found = f"{path} could not be fetched: the remote says {type(error).__name__}: {error}"
+                raise Unavailable("unreachable", found) from error
             raise Unavailable("not_stored", f"{path} is in neither DVC's cache nor its remote") from None
         except (
             Exception
@@ -109,8 +114,31 @@ class Side:
                 TypeError,
                 AttributeError,
             ) as error:  # other keys, other types
-                found = str(error).splitlines()[0].replace(str(copy), str(path))
-                raise Unavailable("corrupt", f"{path} cannot be used: {found}") from None
+                found = (str(error).splitlines() or [type(error).__name__])[0]
+                raise Unavailable(
+                    "corrupt", f"{path} cannot be used: {found.replace(str(copy), str(path))}"
+                ) from None
+
+
+def ask_remote(md5: str) -> None:
+    """Return where the default remote answers, also that it lacks the object, and where there is no remote.
+
+    Raises whatever says that it cannot be asked: another status than "not found", no right, a missing local folder.
+    """
+    with Repo() as repo:
+        if not repo.config["core"].get("remote"):
+            return
+        remote = repo.cloud.get_remote()
+        objects = remote.odb
+        if remote.fs.protocol == "local":  # a share that is not mounted has no folder
+            remote.fs.info(remote.path)
+        try:
+            objects.fs.info(objects.oid_to_path(md5))
+        except FileNotFoundError as error:
+            cause = error.__cause__
+            # fsspec makes this of every failure of HTTP, with the real one behind it
+            if objects.fs.protocol in ("http", "https") and getattr(cause, "status", None) not in (404, 410):
+                raise cause or error from None
 
 
 def present_config() -> dict[str, Any]:
@@ -148,9 +176,11 @@ REMEDIES: dict[Problem, str] = {
 def find_baseline(revision: str) -> Side:
     """
     Raises:
-        NoBaseline: `revision` is empty or all zeros, which is how GitLab writes "none", or it has no results yet.
-        UserError: it names no commit.
+        NoBaseline: `revision` is all zeros, which is how GitLab writes "none", or it has no results yet.
+        UserError: it is empty or names no commit, or git cannot read it.
     """
+    if not revision.strip():
+        raise UserError("--baseline is empty: a variable is not set. For no baseline pass forty zeros.")
     if not revision.strip("0"):
         raise NoBaseline("first_run", "There is no earlier revision to compare with: this is the first run.")
     commit = git.resolve(revision)

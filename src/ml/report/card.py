@@ -20,7 +20,7 @@ from ml.report.baseline import Results, load_candidate, own_results, read_json
 from ml.report.escape import escape
 from ml.report.lock import LOCK, Lock
 from ml.report.statistics import metric_tables, right
-from ml.report.words import amount, plural, value
+from ml.report.words import amount, plural, title, value
 
 CARD = files.REPORTS / "model_card.md"
 MODEL_FILES = (files.MODEL_ONNX, files.MODEL_WEIGHTS)
@@ -103,7 +103,7 @@ def metrics_table(facts: Facts) -> str:
         spread = amount(name, seeds.std(ddof=1)) if len(seeds) > 1 else "–"
         each = ", ".join(value(name, seed) for seed in seeds)
         rows.append(
-            f"| {name.replace('_', ' ')} | {value(name, seeds[facts.chosen])} | {value(name, seeds.mean())} "
+            f"| {title(name)} | {value(name, seeds[facts.chosen])} | {value(name, seeds.mean())} "
             f"| {bounds} | {spread} | {each} |"
         )
     head = "| metric | shipped model | mean of the seeds | 95 % interval | seeds' std | each seed |"

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ml import files
 from ml.files import Examples
+from ml.params import PARAMS_FILE
 from ml.report import git
 from ml.report.baseline import Side
-from ml.report.lock import Lock
+from ml.report.lock import Lock, flat
 from ml.report.result import (
     Changes,
     ClassBalance,
@@ -39,7 +42,7 @@ def compare_locks(candidate: Lock, baseline: Lock, commit: str) -> Changes:
     pins = [each for each in changed if each.path == PINS]
     lines = git.changed_lines(commit, [each.path for each in code])
     return Changes(
-        params=changed_values(candidate.params, baseline.params),
+        params=changed_values(candidate.params, baseline.params) + changed_rules(commit),
         code=[with_lines(each, lines) for each in code],
         data=[each for each in changed if each not in code and each not in pins],
         dependencies=pins,
@@ -75,6 +78,43 @@ def changed_values(candidate: dict[str, Any], baseline: dict[str, Any]) -> list[
         for key in sorted(candidate.keys() | baseline.keys())
         if as_json(candidate, key) != as_json(baseline, key)
     ]
+
+
+def changed_rules(commit: str) -> list[ParamChange]:
+    """Of the report section of params.yaml, which no stage depends on, so that no dvc.lock has it."""
+
+    def rules(content: bytes) -> dict[str, Any]:
+        return {key: value for key, value in read_params(content).items() if key.startswith("report.")}
+
+    return changed_values(rules(present_params()), rules(git.show(commit, str(PARAMS_FILE)) or b""))
+
+
+def present_params() -> bytes:
+    return PARAMS_FILE.read_bytes() if PARAMS_FILE.exists() else b""
+
+
+def read_params(content: bytes) -> dict[str, Any]:
+    """The values of a params.yaml by dotted key; none where it cannot be read, as an older commit's may be."""
+    try:
+        return flat(YAML(typ="safe").load(content.decode("utf-8")))
+    except (YAMLError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def outdated(lock: Lock) -> list[str]:
+    """What the results of the working folder depend on and are older than: code, pins, params, other stages' outputs.
+
+    Data is not read for this: it may be large, and a job that reports has no need of it.
+    """
+    hashes = {path: md5 for path, md5 in lock.sources.items() if path.endswith(CODE_SUFFIXES) or path == PINS}
+    edited = [path for path in hashes if Path(path).is_file() and files.md5(Path(path)) != hashes[path]]
+    deps = [dep for stage in lock.stages.values() for dep in stage.deps.items()]
+    remade = {path for path, md5 in deps if lock.outs.get(path, md5) != md5}
+    present = read_params(present_params())
+    params = [
+        key for key in lock.params if key in present and as_json(present, key) != as_json(lock.params, key)
+    ]
+    return sorted({*edited, *remade}) + sorted(params)
 
 
 def as_json(table: dict[str, Any], key: str) -> str | None:

@@ -53,7 +53,13 @@ class Cml:
             limit = min(CML_SECONDS, seconds)
             try:
                 done = subprocess.run(
-                    command, cwd=folder, env=environment, timeout=limit, capture_output=True, text=True
+                    command,
+                    cwd=folder,
+                    env=environment,
+                    timeout=limit,
+                    capture_output=True,
+                    encoding="utf-8",
+                    errors="replace",
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 return type(error).__name__

@@ -8,14 +8,13 @@ comment has at most LIMIT characters.
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ml import files
 from ml.errors import exit_on_user_error
-from ml.report.attachments import manifest_path
+from ml.report.attachments import COMMENT, manifest_path
 from ml.report import result
 from ml.report.escape import escape
 from ml.report.gate import LABEL, decide
@@ -30,17 +29,28 @@ from ml.report.result import (
     PartDifference,
     Picture,
     StageResult,
+    clearness,
     improvement,
 )
 from ml.report.statistics import Difference
-from ml.report.words import NO_BREAK, amount, change, duration, interval, p_equals, p_value, plural, value
+from ml.report.words import (
+    COUNTED,
+    NO_BREAK,
+    amount,
+    change,
+    duration,
+    interval,
+    p_equals,
+    p_value,
+    plural,
+    title,
+    value,
+)
 from ml.settings import load_settings
 
-COMMENT = files.REPORTS / "comment.md"
 LIMIT = 60_000  # characters; GitLab's own limit is 1,000,000, and publish adds the history
 ROWS = 30  # of one table or list; the rest is counted
 VALUE = 80  # characters of one untrusted value
-COUNTED = 0.05  # a p-value below it is marked
 
 SIGNS = {
     "better": "🟢 Better",
@@ -111,7 +121,8 @@ def headline(comparison: Comparison) -> str:
     metric, primary = comparison.primary_metric, comparison.primary
     now = value(metric, comparison.candidate[metric].mean)
     if primary is None:
-        return f"## {SIGNS[comparison.verdict]}: {WHAT[comparison.problem]}; {title(metric)} {now}"
+        what = "the classes have other names" if renamed_classes(comparison) else WHAT[comparison.problem]
+        return f"## {SIGNS[comparison.verdict]}: {what}; {title(metric)} {now}"
     sign = SIGNS[comparison.verdict]
     if comparison.identical:
         return f"## {sign}: identical predictions, {title(metric)} {now}"
@@ -131,9 +142,9 @@ WHAT: dict[str | None, str] = {
 }
 
 
-def title(name: str) -> str:
-    """macro_f1 → macro F1; the names of metrics are this project's own."""
-    return re.sub(r"\bf1\b", "F1", name.replace("_", " "))
+def renamed_classes(comparison: Comparison) -> bool:
+    """Whether that is why the results cannot be compared: another test set would be described in `common`."""
+    return comparison.verdict == "not comparable" and comparison.common is None
 
 
 def opening(comparison: Comparison, labels: list[str]) -> list[str]:
@@ -146,6 +157,7 @@ def opening(comparison: Comparison, labels: list[str]) -> list[str]:
         blocks.append(
             f"⛔ **Gate blocks.** {decision.reason} The label `{LABEL}` and a new pipeline let it through."
         )
+    blocks += warnings(comparison)
     blocks.append(subject(comparison))
     blocks.append(metrics_table(comparison))
     primary = comparison.primary
@@ -153,6 +165,30 @@ def opening(comparison: Comparison, labels: list[str]) -> list[str]:
         blocks.append(f"⚠️ {SEED_NOISE[primary.seed_noise]}")
     blocks += [f"⚠️ {note.text}: {escape(note.detail, 300)}" for note in comparison.notes]
     return blocks + images(comparison, "difference")
+
+
+def warnings(comparison: Comparison) -> list[str]:
+    """What a reviewer has to know before believing the verdict, whatever it is."""
+    found = []
+    rules = (
+        [each.key for each in comparison.changes.params if is_rule(each.key)] if comparison.changes else []
+    )
+    if rules:
+        found.append(
+            f"⚠️ This merge request changes the gate's own rules: {', '.join(escape(key, VALUE) for key in rules[:ROWS])}."
+        )
+    data = comparison.data
+    if data and data.in_both_parts is not None and data.in_both_parts > (data.in_both_parts_before or 0):
+        found.append(
+            f"⚠️ With this merge request, {data.in_both_parts:,} images are in both the training and the test part, before "
+            f"{data.in_both_parts_before or 0:,}. The test examples among them measure memory."
+        )
+    return found
+
+
+def is_rule(key: str) -> bool:
+    """Of the keys in params.yaml; report.sheet_examples is about looks."""
+    return key.startswith("report.") and key != "report.sheet_examples"
 
 
 SEED_NOISE = {
@@ -278,8 +314,8 @@ def examples_section(comparison: Comparison) -> Section | None:
     if flips is None or not (flips.broken_count or flips.fixed_count):
         return None
     blocks = [
-        f"By the mean probability over the seeds, of {comparison.test_examples:,} test examples. Some are luck: "
-        "the verdict above says whether their balance is."
+        f"By the mean probability over the seeds, of {comparison.test_examples:,} test examples. Single flips can "
+        "be luck; the verdict is about all of them together."
     ]
     for name, what, pairs, rows in (
         ("broken", "Newly broken", flips.broken_pairs, flips.broken),
@@ -314,7 +350,8 @@ def classes_section(comparison: Comparison) -> Section | None:
     if not comparison.classes or comparison.identical:
         return None
     rows, certain = [], 0
-    for each in comparison.classes:
+    crowded = len(comparison.classes) > ROWS
+    for each in sorted(comparison.classes, key=clearness) if crowded else comparison.classes:
         recall, sure = each.recall, each.p_value is not None and each.p_value < COUNTED
         certain += sure
         if recall is None:
@@ -330,7 +367,8 @@ def classes_section(comparison: Comparison) -> Section | None:
         "|---|---:|---:|---:|---:|---|---:|"
     )
     said = f"{certain} of {len(rows)} differ detectably" if certain else "none differs detectably"
-    return Section(f"Classes: {said}", [*images(comparison, "classes"), table(head, rows)])
+    first = ["The clearest first:"] if crowded else []
+    return Section(f"Classes: {said}", [*images(comparison, "classes"), *first, table(head, rows)])
 
 
 def data_section(data: DataDifference | None) -> Section | None:
@@ -385,9 +423,13 @@ def cost_section(stages: list[StageResult]) -> Section:
     spent = sum(stage.seconds or 0 for stage in stages)
     ran = sum(stage.ran for stage in stages)
     head = "| stage | how | time | peak memory | device | outputs |\n|---|---|---:|---:|---|---|"
-    return Section(
-        f"Cost: {duration(spent)}, {ran} of {plural(len(stages), 'stage')} ran", [table(head, rows)]
-    )
+    blocks = [table(head, rows)]
+    if not any(stage.baseline_seconds is not None for stage in stages):
+        blocks.append(
+            "The baseline's cost is not at hand: DVC does not keep it. `compare --baseline-cost DIR` reads it from the "
+            "reports/cost/ of the baseline's run."
+        )
+    return Section(f"Cost: {duration(spent)}, {ran} of {plural(len(stages), 'stage')} ran", blocks)
 
 
 def reproduce_section(comparison: Comparison) -> Section:
@@ -415,10 +457,10 @@ def certainty_section(comparison: Comparison) -> Section | None:
         f"- A true difference of {amount(metric, primary.smallest_detectable)} would be found 4 times out of 5.",
         f"- The two shipped models alone: {plural(tests.broken, 'example')} broken, {tests.fixed:,} fixed, exact McNemar test "
         f"{p_equals(tests.mcnemar_p_value)}. Means over the seeds: paired permutation test "
-        f"{p_equals(tests.permutation_p_value)} ({tests.permutations:,} permutations). Neither knows the seeds' noise, "
+        f"{p_equals(tests.permutation_p_value)} (at most {tests.permutations:,} permutations). Neither knows the seeds' noise, "
         "so neither decides.",
-        "- Of the metrics, only the primary one has a bounded chance of a false alarm (5 %); per class, Holm's "
-        "correction bounds it.",
+        "- Of the metrics, only the primary one has a bounded chance of a false alarm: 5 % for one look at this test "
+        "set, more over many pushes. Per class, Holm's correction bounds it.",
         f"- The margin is {amount(metric, comparison.margin)}: a loss that is surely smaller passes the gate.",
     ]
     return Section("How sure is this?", ["\n".join(lines)])
@@ -470,8 +512,9 @@ def main() -> None:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with the pictures in it")
     arguments = parser.parse_args()
-    comparison, plots = result.load(arguments.comparison), stage_plots()
-    markdown = compose(comparison, load_settings().labels, plots)
+    settings, plots = load_settings(), stage_plots()
+    comparison = result.load(arguments.comparison, settings.ci_commit_sha)
+    markdown = compose(comparison, settings.labels, plots)
     pictures = [p.path for p in comparison.pictures + plots if f"]({p.path})" in markdown]
     if arguments.out or not arguments.html:
         out = arguments.out or COMMENT

@@ -33,7 +33,7 @@ from ml.report.baseline import (
     load_candidate,
     own_results,
 )
-from ml.report.changes import compare_data, compare_locks
+from ml.report.changes import compare_data, compare_locks, outdated
 from ml.report.costs import stage_results
 from ml.report.examples import flips, name_of
 from ml.report.lock import LOCK
@@ -240,7 +240,7 @@ def reproduce(side: Side, baseline: Side | None) -> Reproduce:
         model_sha256=model_sha256(side),
         commands=[
             f"git checkout {commit}",
-            "make setup",
+            "make setup && . .venv/bin/activate",
             "dvc repro --pull --allow-missing  # restores what is stored; --force runs every stage anew",
             *([f"python -m ml.report.compare --baseline {baseline.commit}"] if baseline else []),
         ],
@@ -276,14 +276,21 @@ def draw_sheets(flips: Flips | None, side: Side, sheet_examples: int) -> list[Pi
     test = side.examples(files.TEST_EXAMPLES)
     row_of = {str(id): row for row, id in enumerate(test.ids)}
     drawn = []
-    for name, title, clearest, total in (
-        ("broken", "Newly broken", flips.broken, flips.broken_count),
-        ("fixed", "Newly fixed", flips.fixed, flips.fixed_count),
+    for name, title, sides, clearest, total in (
+        ("broken", "Newly broken", "label → now", flips.broken, flips.broken_count),
+        ("fixed", "Newly fixed", "before → label", flips.fixed, flips.fixed_count),
     ):
         shown = clearest[:sheet_examples]
+        unknown = [flip.id for flip in shown if flip.id not in row_of]
+        if unknown:
+            raise Unavailable(
+                "corrupt",
+                f"{files.TEST_EXAMPLES} lacks the example {unknown[0]} of {files.PREDICTIONS}: it is of another run",
+            )
         if shown:
             images = test.images[[row_of[flip.id] for flip in shown]]
-            drawn.append(write_picture(name, title, pictures.flip_sheet(images, shown, total, title)))
+            figure = pictures.flip_sheet(images, shown, total, f"{title}: {sides}")
+            drawn.append(write_picture(name, title, figure))
     return drawn
 
 
@@ -307,6 +314,10 @@ def run(revision: str, baseline_costs: Path | None) -> Comparison:
 
     baseline, old, changes, data = None, None, None, None
     notes: list[Note] = []
+    older = outdated(candidate.side.lock)
+    if older:
+        text = "These results are older than files or params that they depend on (run `dvc repro`)"
+        notes.append(Note(text=text, detail=", ".join(older)))
     try:
         baseline = find_baseline(revision)
         changes = compare_locks(candidate.side.lock, baseline.lock, str(baseline.commit))
@@ -356,7 +367,7 @@ def main() -> None:
         prog="python -m ml.report.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--baseline", required=True, metavar="REV", help="commit to compare with; empty or all zeros: none"
+        "--baseline", required=True, metavar="REV", help="commit to compare with; forty zeros: none"
     )
     parser.add_argument("--out", type=Path, default=COMPARISON, metavar="FILE")
     parser.add_argument(

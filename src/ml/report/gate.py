@@ -8,7 +8,7 @@
 | worse | blocks, unless even the far end of the interval is a loss of less than report.margin |
 | no detectable difference | passes; with report.when_undecided: block, only if the interval excludes such a loss |
 | not comparable | blocks: with another test set a person has to decide, and says so by the label |
-| no baseline | passes where there are no results yet; blocks where they are there and cannot be had or trusted |
+| no baseline | passes where there are no results yet, or they are stored nowhere; blocks where they cannot be had or trusted |
 
 The label `accept-regression` on the merge request lets it pass whatever the verdict.
 """
@@ -79,8 +79,10 @@ def rule(primary: Difference, metric: str, margin: float, when_undecided: str) -
 def without_numbers(comparison: Comparison) -> Decision:
     if comparison.verdict == "not comparable":
         return Decision(False, "No loss can be excluded by numbers, so a person has to decide.")
-    if comparison.problem in ("first_run", "not_stored"):
+    if comparison.problem == "first_run":
         return Decision(True, "There are no earlier results to fall behind.")
+    if comparison.problem == "not_stored":
+        return Decision(True, "The baseline's results are nowhere to be had, so nothing was compared.")
     return Decision(False, "There are earlier results, and a loss against them cannot be excluded.")
 
 
@@ -90,8 +92,9 @@ def main() -> None:
     )
     parser.add_argument("--comparison", type=Path, default=COMPARISON, metavar="FILE")
     arguments = parser.parse_args()
-    comparison = result.load(arguments.comparison)
-    decision = decide(comparison, load_settings().labels)
+    settings = load_settings()
+    comparison = result.load(arguments.comparison, settings.ci_commit_sha)
+    decision = decide(comparison, settings.labels)
     print(f"{comparison.verdict}: {comparison.reason}")
     if comparison.detail:
         print(f"({comparison.detail})")

@@ -33,20 +33,38 @@ def head() -> str:
 
 
 def is_dirty() -> bool:
-    """Whether a tracked file differs from HEAD; dvc.lock aside, which a pipeline writes and does not commit."""
-    return bool(run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock"))
+    """Whether a tracked file differs from HEAD; dvc.lock aside, which a pipeline writes and does not commit.
+
+    Raises UserError when git cannot tell.
+    """
+    found = run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+    if found is None:
+        raise UserError("`git status` fails here, so nobody can tell which code this is. Run it to see why.")
+    return bool(found)
 
 
 def show(commit: str, path: str) -> bytes | None:
-    """The file's content in the commit, `path` relative to the working folder; None if it is not in there."""
-    return run_git("show", f"{commit}:./{path}")
+    """The file's content in the commit, `path` relative to the working folder; None if it is not in there.
+
+    Raises UserError when git cannot tell, or has not fetched it: that is no reason to take it for missing.
+    """
+    listed = run_git("ls-tree", "--name-only", "-z", commit, "--", path)
+    if listed == b"":
+        return None
+    content = run_git("show", f"{commit}:./{path}") if listed else None
+    if content is None:
+        raise UserError(
+            f"git cannot read {path} of {commit[:8]}. Fetch the whole history (GIT_DEPTH: 0), then run the job again."
+        )
+    return content
 
 
 def changed_lines(commit: str, paths: list[str]) -> dict[str, tuple[int, int]]:
     """Lines added and removed since the commit, for each of `paths` that is text and that git knows."""
     if not paths:
         return {}
-    output = run_git("diff", "--numstat", "-z", "--no-renames", "--relative", commit, "--", *paths) or b""
+    options = ["--numstat", "-z", "--no-renames", "--relative"]
+    output = run_git("--literal-pathspecs", "diff", *options, commit, "--", *paths) or b""
     counts = {}
     for line in output.decode("utf-8", "surrogateescape").split("\0"):
         added, _, rest = line.partition("\t")

@@ -11,6 +11,7 @@ from typing import Any
 
 import gitlab
 import requests
+from gitlab.const import RETRYABLE_TRANSIENT_ERROR_CODES
 from gitlab.exceptions import GitlabError
 from gitlab.v4.objects import ProjectMergeRequest, ProjectMergeRequestNote
 from requests.adapters import HTTPAdapter
@@ -21,6 +22,8 @@ from ml.report.note import is_marked
 from ml.settings import Settings
 
 ATTEMPT_SECONDS = 30.0  # for one request
+EDIT_ATTEMPTS = 10
+FIRST_WAIT = 0.1  # s, before the second attempt; doubled for each one after it
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class PatientAdapter(HTTPAdapter):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.deadline = time.monotonic() + seconds
+        self.asked_to_wait: int | None = None  # s, by the latest answer
 
     def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
         """Raises UserError when the deadline has passed, or will have before GitLab may be asked again."""
@@ -78,6 +82,7 @@ class PatientAdapter(HTTPAdapter):
         # python-gitlab would wait for this one without a bound as well.
         response.headers.pop("RateLimit-Reset", None)
         asked = response.headers.get("Retry-After")
+        self.asked_to_wait = None
         if asked is not None:
             wait, left = seconds_to_wait(asked), self.seconds_left()
             if wait > left:
@@ -85,6 +90,7 @@ class PatientAdapter(HTTPAdapter):
                     f"GitLab answered {response.status_code} and asks to wait {wait} s, with {left:.0f} s left "
                     f"({request.url}). Run the job again later."
                 )
+            self.asked_to_wait = wait
             response.headers["Retry-After"] = str(wait)
         return response
 
@@ -106,7 +112,9 @@ def seconds_to_wait(retry_after: str) -> int:
 class Notes:
     """The notes of one merge request, as the token's own user may see and write them."""
 
-    def __init__(self, target: Target, session: requests.Session) -> None:
+    def __init__(self, target: Target, session: requests.Session, adapter: PatientAdapter) -> None:
+        """`session` sends its requests through `adapter`."""
+        self.adapter = adapter
         self.client = gitlab.Gitlab(
             target.base_url,
             private_token=target.token,
@@ -135,11 +143,24 @@ class Notes:
         self.merge_request.notes.create({"body": body})
 
     def edit(self, note_id: int, change: Callable[[str], str]) -> None:
-        """Replace the note's body, as it is at this moment, by `change` of it; a note that is gone stays gone."""
+        """Replace the note's body, as it is at this moment, by `change` of it; a note that is gone stays gone.
+
+        A failed edit starts again from reading: to send the same body again, as python-gitlab would, is to overwrite
+        what another publisher has written during the wait.
+        """
         with _gone_is_fine():
-            note = self.merge_request.notes.get(note_id)
-            note.body = change(note.body)
-            note.save()
+            for attempt in range(EDIT_ATTEMPTS):
+                note = self.merge_request.notes.get(note_id)
+                note.body = change(note.body)
+                try:
+                    note.save(retry_transient_errors=False, obey_rate_limit=False)
+                    return
+                except (GitlabError, requests.RequestException) as error:
+                    if attempt == EDIT_ATTEMPTS - 1 or not is_transient(error):
+                        raise
+                    answered = isinstance(error, GitlabError)
+                wait = self.adapter.asked_to_wait if answered else None
+                time.sleep(FIRST_WAIT * 2**attempt if wait is None else wait)
 
     def delete(self, note_id: int) -> None:
         with _gone_is_fine():
@@ -159,6 +180,14 @@ class Notes:
             extra_headers={"Content-type": content_type},
         )
         return str(answer.json()["url"])
+
+
+def is_transient(error: GitlabError | requests.RequestException) -> bool:
+    """Whether the same request may be answered otherwise a moment later: what python-gitlab itself retries."""
+    if isinstance(error, GitlabError):
+        return error.response_code == 429 or error.response_code in RETRYABLE_TRANSIENT_ERROR_CODES
+    lost = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, lost)
 
 
 @contextmanager

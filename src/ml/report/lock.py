@@ -1,5 +1,6 @@
 """dvc.lock: what each stage was made from, and what it made."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from ruamel.yaml.error import YAMLError
 from ml.errors import UserError
 
 LOCK = "dvc.lock"
+HASHES = ("md5", "etag", "checksum")  # of a file; of an address, by its server
 
 
 @dataclass(frozen=True)
 class StageLock:
-    """Paths to MD5s (of folders: ending in .dir); params by dotted key."""
+    """Paths to MD5s (of folders: ending in .dir; of addresses: what their server says instead); params by dotted key."""
 
     command: str
     deps: dict[str, str]
@@ -45,8 +47,16 @@ def parse_lock(content: bytes, source: str) -> Lock:
     """Raises UserError naming `source` when the content is not a dvc.lock of schema 2.0."""
     try:
         tree = YAML(typ="safe").load(content.decode("utf-8"))
-        stages = {name: parse_stage(entry) for name, entry in tree["stages"].items()}
-    except (YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        stages = {str(name): parse_stage(entry) for name, entry in tree["stages"].items()}
+    except (
+        YAMLError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"{source} is not a dvc.lock ({type(error).__name__}: {error}). Run `dvc repro` and commit what it writes."
         ) from None
@@ -57,12 +67,19 @@ def parse_stage(entry: dict[str, Any]) -> StageLock:
     params: dict[str, Any] = {}
     for tree in entry.get("params", {}).values():
         params |= flat(tree)
+    json.dumps(params, default=str)  # raises for what no report could show, such as a list within itself
     return StageLock(
         command=entry["cmd"] if isinstance(entry["cmd"], str) else " && ".join(entry["cmd"]),
-        deps={dep["path"]: dep["md5"] for dep in entry.get("deps", [])},
+        deps=dict(map(parse_file, entry.get("deps", []))),
         params=params,
-        outs={out["path"]: out["md5"] for out in entry.get("outs", [])},
+        outs=dict(map(parse_file, entry.get("outs", []))),
     )
+
+
+def parse_file(entry: dict[str, Any]) -> tuple[str, str]:
+    """Path and hash. Raises KeyError when there is neither an MD5 nor what stands for it in the entry of an address."""
+    kind = next((kind for kind in HASHES if kind in entry), "md5")
+    return str(entry["path"]), str(entry[kind])
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

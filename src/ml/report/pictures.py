@@ -7,11 +7,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from ml.plots import BLUE, GREY, LABEL, RED, contact_sheet, literal, new_figure, tidy
-from ml.report.result import IN_PERCENT, LOWER_IS_BETTER, ClassResult, Comparison, Flip
+from ml.report.result import IN_PERCENT, LOWER_IS_BETTER, ClassResult, Comparison, Flip, clearness
 from ml.report.statistics import Difference
+from ml.report.words import COUNTED, tick, title
 
 GREEN = "#1a7f37"
-SHEET_COLUMNS = 6
+SHEET_COLUMNS = 4  # so that captions can be read on a phone
+CLASSES_SHOWN = 40
 
 
 def difference_figure(comparison: Comparison) -> Figure:
@@ -34,8 +36,8 @@ def difference_figure(comparison: Comparison) -> Figure:
     left.set_ylim(-0.6, 1.6)
     left.margins(x=0.12)
     left.xaxis.set_major_locator(MaxNLocator(4))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}{unit}"))
-    tidy(left, f"{metric.replace('_', ' ')} of each seed, and mean", "", "")
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, unit)))
+    tidy(left, f"{title(metric)} of each seed, and mean", "", "")
     draw_interval(right, primary, comparison.margin, metric, factor)
     return figure
 
@@ -62,7 +64,7 @@ def draw_interval(axes: Axes, primary: Difference, margin: float, metric: str, f
     axes.set_yticks([])
     axes.margins(x=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}" if value else "0"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, sign=True)))
     tidy(axes, "Difference, 95 % interval", "percentage points" if factor == 100 else "", "")
     axes.spines["left"].set_visible(False)
 
@@ -74,31 +76,38 @@ def verdict_colour(difference: Difference, metric: str) -> str:
 
 
 def classes_figure(classes: list[ClassResult]) -> Figure:
-    """Difference in recall per class with its interval; coloured where it holds after Holm's correction."""
-    shown = [each for each in classes if each.recall is not None]
+    """Difference in recall per class with its interval; coloured where it holds after Holm's correction.
+
+    Of more than CLASSES_SHOWN classes, those with the smallest p-values, in the order of the classes.
+    """
+    known = [each for each in classes if each.recall is not None]
+    clearest = {id(each) for each in sorted(known, key=clearness)[:CLASSES_SHOWN]}
+    shown = [each for each in known if id(each) in clearest]
+    of = f", the {len(shown)} clearest of {len(known):,}" if len(shown) < len(known) else ""
     figure = new_figure(8, 0.34 * len(shown) + 1.3)
     axes = figure.subplots()
     axes.axvline(0, color="#333333", linewidth=1)
     for row, each in enumerate(shown):
         recall = each.recall
         assert recall is not None
-        certain = each.p_value is not None and each.p_value < 0.05
+        certain = each.p_value is not None and each.p_value < COUNTED
         colour = (GREEN if recall.difference > 0 else RED) if certain else GREY
         axes.plot([100 * recall.low, 100 * recall.high], [row, row], color=colour, linewidth=2)
         axes.plot([100 * recall.difference], [row], "o", color=colour, markersize=7)
     axes.set_yticks(range(len(shown)), [f"{literal(c.name, LABEL)} (n = {c.examples:,})" for c in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    tidy(axes, "Recall per class: candidate minus baseline, 95 % intervals", "percentage points", "")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, sign=True)))
+    tidy(axes, f"Recall per class{of}: candidate minus baseline, 95 % intervals", "percentage points", "")
     return figure
 
 
 def flip_sheet(images: NDArray[np.uint8], flips: list[Flip], total: int, what: str) -> Figure:
     """(K, H, W) images of K flips: what each was taken for before and now, and how sure the model is now.
 
-    One of the two is the label: before where it broke, now where it was fixed.
+    One of the two is the label, as `what` should say: before where it broke, now where it was fixed.
     """
     captions = [
         f"{literal(flip.before)} → {literal(flip.after)}\n{flip.confidence_after:.0%} sure" for flip in flips
     ]
     shown = f"{len(flips)} of {total:,}, clearest first" if len(flips) < total else f"all {total:,}"
-    return contact_sheet(images, captions, f"{what} ({shown}): before → now", SHEET_COLUMNS)
+    return contact_sheet(images, captions, f"{what}\n({shown})", SHEET_COLUMNS)

@@ -17,7 +17,7 @@ import requests
 from gitlab.v4.objects import ProjectMergeRequestNote
 
 from ml.errors import UserError, exit_on_user_error
-from ml.report.attachments import manifest_path, read_manifest, read_picture, upload_pictures
+from ml.report.attachments import COMMENT, manifest_path, read_manifest, read_picture, upload_pictures
 from ml.report.cml import Cml, find_cml
 from ml.report.gitlab_notes import Notes, PatientAdapter, explained_errors, find_target
 from ml.report.note import (
@@ -35,8 +35,6 @@ from ml.report.note import (
     verdict_of,
 )
 from ml.settings import Settings, load_settings
-
-COMMENT = Path("reports/comment.md")
 
 PUBLISH_SECONDS = 180.0  # for everything, all retries and all waiting that GitLab asks for
 SETTLE_SECONDS = 1.0  # after which a publisher looks again whether its result is still in the note
@@ -62,7 +60,7 @@ def publish(
     with explained_errors(target), requests.Session() as session:
         session.mount("http://", adapter)
         session.mount("https://", adapter)
-        notes = Notes(target, session)
+        notes = Notes(target, session, adapter)
         report = upload_pictures(report.strip("\n"), pictures, notes.upload)
         run = Run(
             pipeline=settings.ci_pipeline_id or 0,

@@ -12,8 +12,8 @@ from ml.report.statistics import Difference, PairedTests
 COMPARISON = files.REPORTS / "comparison.json"
 
 Verdict = Literal["better", "worse", "no detectable difference", "not comparable", "no baseline"]
-# first_run: there is nothing to compare with yet. not_stored: dvc.lock names results that neither cache nor remote
-# has. unreachable, corrupt: there are results, but they cannot be had or trusted.
+# first_run: there is nothing to compare with yet. not_stored: dvc.lock names results that neither the cache nor the
+# remote, which answered, has. unreachable, corrupt: there are results, but they cannot be had or trusted.
 Problem = Literal["first_run", "not_stored", "unreachable", "corrupt"]
 
 LOWER_IS_BETTER = frozenset({"loss", "calibration_error"})
@@ -218,12 +218,18 @@ def improvement(metric: str, value: float) -> float:
     return -value if metric in LOWER_IS_BETTER else value
 
 
+def clearness(each: ClassResult) -> tuple[float, float]:
+    """Smallest for the class whose difference is least likely luck; Holm's p-values are often all 1."""
+    p_value = 2.0 if each.p_value is None else each.p_value  # unknown ones last
+    return p_value, 1.0 if each.recall is None else each.recall.p_value
+
+
 def save(path: Path, comparison: Comparison) -> None:
     files.write_json(path, comparison.model_dump(mode="json"))
 
 
-def load(path: Path = COMPARISON) -> Comparison:
-    """Raises UserError when the file is missing or is not a comparison."""
+def load(path: Path = COMPARISON, commit: str | None = None) -> Comparison:
+    """Raises UserError when the file is missing, is not a comparison, or was made for another commit than `commit`."""
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -233,7 +239,7 @@ def load(path: Path = COMPARISON) -> Comparison:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}). Run `python -m ml.report.compare` again.") from None
     try:
-        return Comparison.model_validate_json(content)
+        comparison = Comparison.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -241,3 +247,10 @@ def load(path: Path = COMPARISON) -> Comparison:
             f"{path} is not a comparison ({where}: {first['msg']}; {error.error_count()} problems). "
             "Run `python -m ml.report.compare --baseline REV` again."
         ) from None
+    made_for = comparison.reproduce.commit
+    if commit is not None and commit != made_for:
+        raise UserError(
+            f"{path} is about commit {made_for:.8}, and this job is about {commit:.8} (CI_COMMIT_SHA). "
+            "Run `python -m ml.report.compare --baseline REV` in this job, or in one of the same pipeline."
+        )
+    return comparison

@@ -19,8 +19,9 @@ Floats = NDArray[np.float64]
 SeedNoise = Literal["measured", "borrowed", "assumed", "unknown"]
 
 POWER = 0.8
-PERMUTATIONS = 2000
-# A flipped example more and one less in every comparison of shares (Agresti and Min, Statistics in Medicine 24, 2005:
+PERMUTATIONS = 2000  # at most; all of them where there are fewer
+PERMUTATION_CELLS = 5_000_000  # of the table of signs in memory at a time
+# Half a flipped example more each way in every comparison of shares (Agresti and Min, Statistics in Medicine 24, 2005:
 # half an example in each of the four cells). Without it, no flip in 50 examples would pass for certainty.
 PSEUDO_FLIPS = 1.0
 SHARES = ("accuracy", "macro_f1")  # metrics that one flipped example moves by about 1 / N
@@ -271,6 +272,7 @@ def permutation_p_value(paired: Floats) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=PERMUTATIONS,
+        batch=max(1, PERMUTATION_CELLS // len(moved)),
         rng=np.random.default_rng(0),
     )
     return float(result.pvalue)

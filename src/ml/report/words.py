@@ -1,9 +1,17 @@
 """Numbers as people read them, with no line break between a number and its unit."""
 
+import re
+
 from ml.report.result import IN_PERCENT
 
 MINUS = "−"
 NO_BREAK = "\u00a0"
+COUNTED = 0.05  # a p-value below it is marked
+
+
+def title(metric: str) -> str:
+    """macro_f1 → macro F1; the names of metrics are this project's own."""
+    return re.sub(r"\bf1\b", "F1", metric.replace("_", " "))
 
 
 def value(metric: str, number: float) -> str:
@@ -49,6 +57,12 @@ def duration(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def tick(number: float, unit: str = "", sign: bool = False) -> str:
+    """97.5 %, −4.5, or with its sign: +0.2; 0 has none."""
+    text = f"{abs(number):.6g}" + (f"{NO_BREAK}{unit}" if unit else "")
+    return f"{MINUS if number < 0 else '+' if sign and number else ''}{text}"
 
 
 def plural(count: int, noun: str) -> str:
