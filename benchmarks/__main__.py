@@ -175,15 +175,17 @@ def reach(rounds: int) -> list[str]:
     """Seconds of training (evaluation not counted) until 99.0 % test accuracy."""
     cores = core_count()
     give_up = ["--target", str(TARGET), "--epochs", "6"]
-    sides: dict[str, Callable[[], Answer]] = {
-        f"usual, {name}": lambda name=name: usual(cores, 0, "--optimizer", name, "--seed", str(next(seeds)), *give_up)  # type: ignore[misc]
-        for name in ("adam-0.001", "adadelta", "adam-0.01")
-    }
     seeds = iter(range(10_000))
+    sides: dict[str, Callable[[], Answer]] = {}
     for epochs, batch in ((1, 64), (1, 128), (2, 128)):
         values = {"epochs": epochs, "batch_size": batch}
         name = f"ours, {epochs} epoch{'s' * (epochs > 1)} of batches of {batch}"
         sides[name] = lambda values=values: ours(values, next(seeds), cores)  # type: ignore[misc]
+    for optimizer in ("adadelta", "adam-0.001", "adam-0.01"):
+        options = ["--optimizer", optimizer, *give_up]
+        sides[f"usual, {optimizer}"] = lambda options=options: usual(  # type: ignore[misc]
+            cores, 0, "--seed", str(next(seeds)), *options
+        )
     found = interleaved(sides, rounds)
     lines, times = [], {}
     for name, answers in found.items():

@@ -122,3 +122,9 @@ def test_training_code_can_be_imported_without_mlflow(modules_after: Callable[[s
 def test_load_and_preprocess_start_without_torch(modules_after: Callable[[str], set[str]]) -> None:
     loaded = modules_after("import ml.stages.load, ml.stages.preprocess")
     assert not {"torch", "mlflow", "pandas"} & loaded
+
+
+def test_readme_names_the_two_commands_and_has_no_placeholder_left() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "`make demo`" in readme and "`make test`" in readme
+    assert not re.search(r"@[A-Z]+@", readme)

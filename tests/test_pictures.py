@@ -31,7 +31,7 @@ def test_difference_is_drawn_for_shares_and_for_other_metrics(metric: str) -> No
 
 def test_difference_is_drawn_where_every_seed_agrees() -> None:
     metrics = {"accuracy": difference(0.0, 0.0)}
-    size(pictures.difference_figure(comparison(metrics=metrics, margin=0.0)))
+    assert min(size(pictures.difference_figure(comparison(metrics=metrics, margin=0.0)))) > 100
 
 
 def test_classes_of_every_name_are_drawn() -> None:
@@ -39,7 +39,7 @@ def test_classes_of_every_name_are_drawn() -> None:
         ClassResult(name=name, examples=5, recall=difference(-0.1, 0.3), p_value=0.01) for name in NAMES
     ]
     classes.append(ClassResult(name="one example", examples=1, recall=None, p_value=None))
-    size(pictures.classes_figure(classes))
+    assert min(size(pictures.classes_figure(classes))) > 100
 
 
 def test_of_very_many_classes_the_clearest_are_drawn() -> None:
