@@ -30,6 +30,7 @@ DRIFT_REFERENCE = ARTIFACTS / "drift_reference.npz"
 SEED_WEIGHTS = ARTIFACTS / "weights"  # one safetensors file per seed
 MODEL_WEIGHTS = ARTIFACTS / "model.safetensors"  # of the seed that validation chose
 MODEL_ONNX = ARTIFACTS / "model.onnx"
+GOLDEN = ARTIFACTS / "golden.npz"  # images with the answers that the model must give wherever it is loaded
 TRAINING = ARTIFACTS / "training.json"  # seeds, the chosen one, and what they were made with
 
 REPORTS = Path("reports")
@@ -96,6 +97,14 @@ class Predictions:
     ids: NDArray[np.str_]
     labels: NDArray[np.int64]
     seeds: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the model says of a few images: images (N, H, W) uint8; probabilities (N, classes) float32."""
+
+    images: NDArray[np.uint8]
     probabilities: NDArray[np.float32]
 
 
@@ -186,6 +195,14 @@ def save_predictions(predictions: Predictions) -> None:
 
 def load_predictions(path: Path = PREDICTIONS) -> Predictions:
     return Predictions(**load_arrays(path, "evaluate", ("ids", "labels", "seeds", "probabilities")))
+
+
+def save_golden(golden: Golden) -> None:
+    save_arrays(GOLDEN, **vars(golden))
+
+
+def load_golden(path: Path = GOLDEN) -> Golden:
+    return Golden(**load_arrays(path, "train", ("images", "probabilities")))
 
 
 def seed_weights(seed: int) -> Path:

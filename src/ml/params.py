@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from ml.errors import UserError, exit_on_user_error
+from ml.section import Section
+from ml.task.params import LoadParams as LoadParams
+from ml.task.params import ModelParams as ModelParams
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -27,21 +30,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class LoadParams(Section):
-    dataset: Literal["mnist", "fashion-mnist", "kmnist", "digits", "custom"]
-
-
 class PreprocessParams(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Annotated[int, Field(ge=0)]
-
-
-class ModelParams(Section):
-    channels: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
 
 
 class TrainParams(Section):

@@ -5,8 +5,9 @@ from typing import Any
 from ml import files
 from ml.cost import measured
 from ml.errors import exit_on_user_error
+from ml.examples import describe
 from ml.params import load_params
-from ml.task.dataset import describe, read_dataset
+from ml.task.dataset import read_dataset
 
 
 def data_card(summary: dict[str, Any]) -> str:
@@ -44,7 +45,7 @@ def main() -> None:
     with measured("load"):
         params = load_params().load
         dataset = read_dataset(files.DATA, params.dataset)
-        summary = describe(dataset, files.DATA, params.dataset)
+        summary = describe(dataset, params.dataset)
         files.save_examples(files.TRAIN_EXAMPLES, dataset.train)
         files.save_examples(files.TEST_EXAMPLES, dataset.test)
         files.write_json(files.DATA_SUMMARY, summary)

@@ -4,17 +4,16 @@ Raw data are four IDX files, as MNIST has them. `python -m ml.task.dataset fetch
 """
 
 import argparse
-import hashlib
 import math
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ml import files
 from ml.errors import UserError, exit_on_user_error
+from ml.examples import Dataset, example_ids
 from ml.files import Examples
 from ml.params import load_params
 
@@ -62,12 +61,6 @@ UBYTE = 0x08  # IDX type code of unsigned bytes
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True)
-class Dataset:
-    train: Examples
-    test: Examples
-
-
 def read_dataset(folder: Path, name: str) -> Dataset:
     """Decode and check the raw files of the data set `name` (load.dataset in params.yaml).
 
@@ -99,7 +92,7 @@ def read_dataset(folder: Path, name: str) -> Dataset:
             f"{folder}: training images are {size(train.images)} pixels, test images {size(test.images)}. "
             "Both must have one size."
         )
-    return Dataset(train, test)
+    return Dataset(train, test, tuple(folder / file for file in RAW_FILES))
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -182,55 +175,12 @@ def checked_examples(
     return Examples(images, labels.astype(np.int64), example_ids(images), np.array(class_names))
 
 
-def example_ids(images: NDArray[np.uint8]) -> NDArray[np.str_]:
-    """(N,) ids: 16 hex digits of a hash of the pixels and their shape; the k-th repeat of an image ends in -k.
-
-    The same image has the same id in every version of the data, so two results can be paired example by example,
-    and a changed label is seen as a changed label.
-    """
-    prefix = f"{images.shape[1:]}".encode()
-    seen: dict[str, int] = {}
-    ids = []
-    for image in np.ascontiguousarray(images):
-        digest = hashlib.blake2b(prefix + image.tobytes(), digest_size=8).hexdigest()
-        repeats = seen.get(digest, 0)
-        seen[digest] = repeats + 1
-        ids.append(f"{digest}-{repeats}" if repeats else digest)
-    return np.array(ids)
-
-
-def describe(dataset: Dataset, folder: Path, name: str) -> dict[str, Any]:
-    """What the data card says: files, counts, classes, pixels, repeated images."""
-    parts = {"train": dataset.train, "test": dataset.test}
-    class_names = dataset.train.class_names.tolist()
-    height, width = dataset.train.images.shape[1:]
-    return {
-        "dataset": name,
-        "class_names": class_names,
-        "image_height": height,
-        "image_width": width,
-        **{part: describe_part(examples, class_names) for part, examples in parts.items()},
-        "images_in_both_parts": len(set(dataset.train.ids.tolist()) & set(dataset.test.ids.tolist())),
-        "md5": {file: files.md5(folder / file) for file in RAW_FILES},
-    }
-
-
-def describe_part(examples: Examples, class_names: list[str]) -> dict[str, Any]:
-    counts = np.bincount(examples.labels, minlength=len(class_names)).tolist()
-    return {
-        "examples": len(examples),
-        "per_class": dict(zip(class_names, counts)),
-        "repeated_images": sum("-" in id for id in examples.ids.tolist()),
-        "pixel_mean": round(float(examples.images.mean()) / 255, 6),
-        "pixel_std": round(float(examples.images.std()) / 255, 6),
-    }
-
-
 def size(images: NDArray[np.uint8]) -> str:
     return f"{images.shape[1]}×{images.shape[2]}"
 
 
 def main() -> None:
+    from ml import raw_data
     from ml.task import fetch
 
     parser = argparse.ArgumentParser(prog="python -m ml.task.dataset", description="Get the raw data.")
@@ -249,7 +199,9 @@ def main() -> None:
     if arguments.command == "fetch":
         fetch.fetch(arguments.name, arguments.to, arguments.mirror)
     else:
-        fetch.restore(load_params().load.dataset, arguments.mirror)
+        name = load_params().load.dataset
+        known_set = partial(fetch.fetch, name, mirror=arguments.mirror) if name in CLASS_NAMES else None
+        raw_data.restore(name, known_set)
 
 
 if __name__ == "__main__":
