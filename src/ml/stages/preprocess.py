@@ -1,5 +1,7 @@
 """preprocess: split off the validation part, measure the training pixels, keep a reference for drift."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,15 +41,20 @@ def split_examples(examples: Examples, params: PreprocessParams) -> Split:
 
 
 def pixel_statistics(images: NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels on 0..1, exact: from the counts of the 256 values."""
-    counts = np.bincount(images.ravel(), minlength=256).astype(np.float64)
-    values = np.arange(256) / 255
-    mean = float(counts @ values / counts.sum())
-    if np.count_nonzero(counts) == 1:
+    """Mean and standard deviation of the pixels on 0..1, with the same bits on every processor.
+
+    From whole numbers: a floating-point sum depends on the order in which a processor's kernels add.
+    """
+    counts = np.bincount(images.ravel(), minlength=256).tolist()
+    number = sum(counts)
+    total = sum(value * count for value, count in enumerate(counts))
+    squares = sum(value * value * count for value, count in enumerate(counts))
+    variance = number * squares - total * total  # of pixels on 0..255, times number²
+    if variance == 0:
         raise UserError(
-            f"every training pixel is {counts.argmax()}: there is nothing to learn. Check the image files."
+            f"every training pixel is {total // number}: there is nothing to learn. Check the image files."
         )
-    return mean, float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
+    return total / (255 * number), math.sqrt(variance / (255 * number) ** 2)
 
 
 def drift_reference(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
