@@ -10,8 +10,10 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ml.errors import UserError
+from ml.files import Golden
 from ml.fit import predict
 
 PARITY = 1e-4  # largest difference of a probability between torch and ONNX Runtime
@@ -30,10 +32,27 @@ class Probabilities(nn.Module):
         return probabilities
 
 
-def export_onnx(model: nn.Module, sample: NDArray[np.uint8]) -> bytes:
-    """`model` as an ONNX file: input `images` (batch, H, W) uint8, output `probabilities` (batch, classes) float32.
+def export_program(model: nn.Module, sample: NDArray[np.uint8]) -> ExportedProgram:
+    """`model` as torch's own graph: images (batch, H, W) uint8 to probabilities (batch, classes) float32.
 
     Args:
+        sample: (N, H, W) images, of which the graph keeps two.
+    """
+    program = torch.export.export(
+        Probabilities(model.cpu()).eval(),
+        (torch.from_numpy(sample[:2]),),
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )
+    for node in program.graph_module.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of the machine
+    return program
+
+
+def export_onnx(exported: ExportedProgram, model: nn.Module, sample: NDArray[np.uint8]) -> bytes:
+    """The graph as an ONNX file: input `images` (batch, H, W) uint8, output `probabilities` (batch, classes) float32.
+
+    Args:
+        exported: `export_program` of `model`.
         sample: (N, H, W) real images, on which ONNX Runtime must agree with torch within `PARITY`.
 
     Raises:
@@ -44,12 +63,10 @@ def export_onnx(model: nn.Module, sample: NDArray[np.uint8]) -> bytes:
         # torch's own exporter calls a function that torch has deprecated.
         warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
         program = torch.onnx.export(
-            Probabilities(model).eval(),
-            (torch.from_numpy(sample[:2]),),
+            exported,
             dynamo=True,
             input_names=["images"],
             output_names=["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             external_data=False,
             verbose=False,
         )
@@ -57,6 +74,11 @@ def export_onnx(model: nn.Module, sample: NDArray[np.uint8]) -> bytes:
     content = without_paths(program.model_proto)
     check_parity(content, model, sample)
     return content
+
+
+def golden(model: nn.Module, images: NDArray[np.uint8]) -> Golden:
+    """What torch says of `images` (N, H, W): whoever loads the exported model checks it against this."""
+    return Golden(images, predict(model.cpu(), torch.from_numpy(images)).exp().numpy())
 
 
 def without_paths(model: onnx.ModelProto) -> bytes:

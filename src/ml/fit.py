@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ from ml.errors import UserError
 from ml.params import TrainParams
 
 BETWEEN_REPORTS = 0.2  # seconds; a report costs a message to another process
+
+
+@runtime_checkable
+class FitsItself(Protocol):
+    """A model that is not trained by gradient steps, such as a support vector machine."""
+
+    def fit_examples(self, images: NDArray[np.uint8], labels: NDArray[np.int64], seed: int) -> None:
+        """Fit on images (N, H, W) and labels (N,), all at once; draw at random by `seed` alone."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class Progress:
     samples: int  # seen so far, over all epochs
     loss: float
     validation_accuracy: float | None
+    new_points: History = field(default_factory=History)  # of the curves, since the report before
 
 
 def fit(
@@ -106,11 +116,23 @@ def fit(
     """Fit `model` on `train`; keep the epoch with the lowest validation loss.
 
     Under torchrun every process calls this alike; each takes its share of every batch of `params.batch_size`.
+    A model that fits itself does so, in one step, and of `params` only the device is heeded.
 
     Raises:
         UserError: the batches do not fit the data or the processes, or a loss is not finite.
     """
     started = time.monotonic()
+    if isinstance(model, FitsItself):
+        model.fit_examples(train.images.numpy(), train.labels.numpy(), seed)
+        fitted = fitted_in_one_step(
+            model.to(device), train.to(device), validation.to(device), params, seed, started
+        )
+        in_all = (
+            params.epochs * (len(train) // params.batch_size) * params.batch_size
+        )  # what the bar waits for
+        history = fitted.history
+        on_progress(Progress(in_all, history.train[0].loss, history.best.accuracy, history))
+        return fitted
     rank, world = process_rank_and_count()
     check_batches(len(train), params, world)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -151,6 +173,18 @@ def fit(
     return Fitted(run.best_state, run.history, time.monotonic() - started, os.getpid())
 
 
+def fitted_in_one_step(
+    model: nn.Module, train: Resident, validation: Resident, params: TrainParams, seed: int, started: float
+) -> Fitted:
+    """Of a model that has fitted itself: each curve has the one point that there is."""
+    run = Run(model, None, None)
+    loss, _ = evaluate(model, train)
+    run.count(torch.tensor(loss))
+    run.log(epoch=1.0, rate=0.0, seed=seed, params=params)
+    run.validate(validation, epoch=1, seed=seed, params=params)
+    return Fitted(run.best_state, run.history, time.monotonic() - started, os.getpid())
+
+
 class Batches:
     """This process's share of each batch, by the number of the step. An epoch leaves out what fills no batch."""
 
@@ -182,16 +216,18 @@ class Batches:
 class Run:
     """All that changes during a training, and that a checkpoint therefore holds."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, file: Path | None) -> None:
-        """Goes on from the checkpoint in `file`, if there is one."""
-        self.model, self.optimizer, self.file = model, optimizer, file
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, file: Path | None) -> None:
+        """Goes on from the checkpoint in `file`, if there is one; without an optimizer none is written."""
+        self.model, self.optimizer = model, optimizer
+        self.file = file if optimizer else None
         self.done = 0  # steps
         self.losses: list[Tensor] = []  # of the steps since the last point of the curve, on the device
         self.best_state: dict[str, Tensor] = {}
         self.history = History()
-        saved = checkpoint.load(file) if file and process_rank_and_count()[0] == 0 else None
+        self.reported = 0, 0  # points of the two curves
+        saved = checkpoint.load(self.file) if self.file and process_rank_and_count()[0] == 0 else None
         saved = from_first_process(saved)
-        if saved:
+        if saved and optimizer:
             saved.restore(model, optimizer)
             self.done, self.best_state, self.losses = saved.step, saved.best, list(saved.losses)
             self.history = History(
@@ -220,12 +256,16 @@ class Run:
             self.best_state = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
 
     def progress(self, batch_size: int) -> Progress:
+        """How far it is, with the points that no report has had yet."""
         loss = self.losses[-1].item() if self.losses else self.history.train[-1].loss
         accuracy = self.history.validation[-1].accuracy if self.history.validation else None
-        return Progress(self.done * batch_size, loss, accuracy)
+        train, validation = self.history.train, self.history.validation
+        new = History(train[self.reported[0] :], validation[self.reported[1] :])
+        self.reported = len(train), len(validation)
+        return Progress(self.done * batch_size, loss, accuracy, new)
 
     def save(self) -> None:
-        if self.file:
+        if self.file and self.optimizer:
             losses = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
             history = asdict(self.history)
             checkpoint.save(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[Progress], None]
 FitSeed = Callable[[int, torch.device, Report], Fitted]
+OnProgress = Callable[[int, Progress], None]  # seed, how far it is
 
 # glibc gives freed memory back to the kernel and takes it again page by page, every step; keeping it, in huge pages,
 # saves a quarter of a training on a CPU. It is read when a process starts, so it is set before the workers do. Other C
@@ -34,6 +35,10 @@ KEEP_FREED_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"
     "glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=268435456"
 )
+
+
+def ignore(seed: int, so_far: Progress) -> None:
+    pass
 
 
 def under_torchrun() -> bool:
@@ -64,12 +69,15 @@ def worker_count(params: TrainParams, wanted: int | None) -> int:
     return min(wanted or places, len(params.seeds))
 
 
-def fit_side_by_side(fit_seed: FitSeed, params: TrainParams, workers: int, samples: int) -> list[Fitted]:
+def fit_side_by_side(
+    fit_seed: FitSeed, params: TrainParams, workers: int, samples: int, on_progress: OnProgress = ignore
+) -> list[Fitted]:
     """Fit every seed in a process of its own, `workers` at a time. The first failure stops them all.
 
     Args:
         fit_seed: a picklable function.
         samples: how many examples one seed sees, for the progress bar.
+        on_progress: called in this process, which does not train, with each seed's reports.
     """
     os.environ.setdefault("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
     context = multiprocessing.get_context("spawn")
@@ -81,7 +89,7 @@ def fit_side_by_side(fit_seed: FitSeed, params: TrainParams, workers: int, sampl
     ):
         futures = [pool.submit(work, fit_seed, seed) for seed in params.seeds]
         try:
-            watch(futures, messages, bar)
+            watch(futures, messages, bar, on_progress)
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UserError(
@@ -95,7 +103,12 @@ def fit_side_by_side(fit_seed: FitSeed, params: TrainParams, workers: int, sampl
                 process.terminate()
 
 
-def watch(futures: "list[Future[Fitted]]", messages: "Queue[tuple[int, Progress]]", bar: "tqdm[Any]") -> None:
+def watch(
+    futures: "list[Future[Fitted]]",
+    messages: "Queue[tuple[int, Progress]]",
+    bar: "tqdm[Any]",
+    on_progress: OnProgress,
+) -> None:
     """Show the workers' messages until every seed is done or one has failed."""
     seen: dict[int, int] = {}
     while not all(future.done() for future in futures) or not messages.empty():
@@ -106,6 +119,7 @@ def watch(futures: "list[Future[Fitted]]", messages: "Queue[tuple[int, Progress]
             seed, so_far = messages.get(timeout=0.2)
         except Empty:
             continue
+        on_progress(seed, so_far)
         show(bar, seed, so_far, so_far.samples - seen.get(seed, 0))
         seen[seed] = so_far.samples
 
@@ -148,7 +162,9 @@ def work(fit_seed: FitSeed, seed: int) -> Fitted:
     return fit_seed(seed, Worker.device, lambda so_far: Worker.messages.put((seed, so_far)))
 
 
-def fit_over_processes(fit_seed: FitSeed, params: TrainParams, samples: int) -> list[Fitted]:
+def fit_over_processes(
+    fit_seed: FitSeed, params: TrainParams, samples: int, on_progress: OnProgress = ignore
+) -> list[Fitted]:
     """Under torchrun: fit one seed after the other, each over all processes."""
     device = choose_device(params, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -160,6 +176,7 @@ def fit_over_processes(fit_seed: FitSeed, params: TrainParams, samples: int) -> 
         for number, seed in enumerate(params.seeds):
 
             def report(so_far: Progress, seed: int = seed, before: int = number * samples) -> None:
+                on_progress(seed, so_far)
                 show(bar, seed, so_far, before + so_far.samples - int(bar.n))
 
             fitted.append(fit_seed(seed, device, report))

@@ -16,7 +16,9 @@ from ml.fit import predict
 from ml.metrics import ClassScores, Estimate, ReliabilityBin
 from ml.parallel import choose_device
 from ml.params import EvaluateParams, Params, load_params
+from ml.settings import load_settings
 from ml.task.model import build_model
+from ml.tracking import runs
 
 
 def predict_with_every_seed(params: Params, test: Examples, split: Split) -> Predictions:
@@ -110,8 +112,8 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    with measured("evaluate"):
-        params = load_params()
+    params, settings = load_params(), load_settings()
+    with runs.evaluation(params, settings) as run, measured("evaluate"):
         test, split = files.load_examples(files.TEST_EXAMPLES), files.load_split()
         predictions = predict_with_every_seed(params, test, split)
         files.save_predictions(predictions)
@@ -121,6 +123,7 @@ def main() -> None:
         bins = metrics.reliability(predictions, params.evaluate.calibration_bins)
         save_tables(test, predictions, estimates, scores, bins)
         save_figures(test, predictions, estimates, scores, bins, params.evaluate)
+        run.evaluated()
 
 
 if __name__ == "__main__":

@@ -17,18 +17,22 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
+from torch.export import ExportedProgram
 
 import ml
-from ml import files, parallel, tracking
+from ml import files, parallel
 from ml.cost import measured
 from ml.errors import exit_on_user_error
-from ml.export import export_onnx
+from ml.export import export_onnx, export_program, golden
 from ml.files import Examples, Split
-from ml.fit import Fitted, Resident, fit, process_rank_and_count, use_bfloat16
+from ml.fit import Fitted, Resident, fit, use_bfloat16
 from ml.parallel import Report, choose_device
 from ml.params import Params, TrainParams, load_params
 from ml.settings import load_settings
 from ml.task.model import build_model
+from ml.tracking import runs
+
+GOLDEN_IMAGES = 16
 
 
 def train_seed(params: Params, checkpoints: Path, seed: int, device: torch.device, report: Report) -> Fitted:
@@ -96,8 +100,12 @@ def wide(name: str, fitted: list[Fitted], seeds: list[int], points: str, fields:
     return pd.DataFrame(table)
 
 
-def save_results(params: Params, fitted: list[Fitted]) -> None:
-    """Weights of every seed, the chosen one as the model, the curves, and what they were made with."""
+def save_results(params: Params, fitted: list[Fitted]) -> ExportedProgram:
+    """Weights of every seed, the chosen one as the model, the curves, and what they were made with.
+
+    Returns:
+        The model as torch's graph, for what else is made of it.
+    """
     seeds = params.train.seeds
     shutil.rmtree(files.SEED_WEIGHTS, ignore_errors=True)
     for seed, each in zip(seeds, fitted):
@@ -108,7 +116,10 @@ def save_results(params: Params, fitted: list[Fitted]) -> None:
     examples, split = files.load_examples(files.TRAIN_EXAMPLES), files.load_split()
     model = untrained_model(params, examples, split)
     model.load_state_dict(fitted[chosen].state)
-    files.write_bytes(files.MODEL_ONNX, export_onnx(model, examples.images[split.validation[:64]]))
+    sample = examples.images[split.validation[:64]]
+    program = export_program(model, sample)
+    files.write_bytes(files.MODEL_ONNX, export_onnx(program, model, sample))
+    files.save_golden(golden(model, sample[:GOLDEN_IMAGES]))
 
     curve = wide("train", fitted, seeds, "train", ["loss"])
     validation_curve = wide("validation", fitted, seeds, "validation", ["loss", "accuracy"])
@@ -141,6 +152,7 @@ def save_results(params: Params, fitted: list[Fitted]) -> None:
             "made_with": made_with(params.train),
         },
     )
+    return program
 
 
 def arrays(fitted: Fitted) -> dict[str, NDArray[Any]]:
@@ -163,18 +175,23 @@ def fit_seconds(fitted: list[Fitted]) -> float:
 
 def main() -> None:
     params, settings = load_params(), load_settings()
-    with measured("train", write=os.environ.get("RANK", "0") == "0") as notes:
-        checkpoints = files.CHECKPOINTS / fingerprint(params)
+    first = os.environ.get("RANK", "0") == "0"
+    checkpoints = files.CHECKPOINTS / fingerprint(params)
+    samples = total_samples(params.train)
+    with (
+        runs.training(params, settings, checkpoints.name, made_with(params.train), record=first) as run,
+        measured("train", write=first) as notes,
+    ):
         fit_seed = partial(train_seed, params, checkpoints)
         if parallel.under_torchrun():
-            fitted = parallel.fit_over_processes(fit_seed, params.train, total_samples(params.train))
+            fitted = parallel.fit_over_processes(fit_seed, params.train, samples, run.progress)
         else:
             workers = parallel.worker_count(params.train, settings.train_processes)
-            fitted = parallel.fit_side_by_side(fit_seed, params.train, workers, total_samples(params.train))
-        if process_rank_and_count()[0] == 0:
+            fitted = parallel.fit_side_by_side(fit_seed, params.train, workers, samples, run.progress)
+        if first:
             notes |= {"device": str(choose_device(params.train)), "fit_seconds": fit_seconds(fitted)}
-            save_results(params, fitted)
-            tracking.log_training(params, fitted, settings)
+            program = save_results(params, fitted)
+            run.trained([each.history for each in fitted], program)
             shutil.rmtree(files.CHECKPOINTS, ignore_errors=True)
     if dist.is_initialized():
         dist.destroy_process_group()
