@@ -1,11 +1,12 @@
 """The environment as frozen, typed `Settings`: URLs, ids and tokens. Built in main() or create_app(), never at import."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ml.errors import UserError
+from ml.validation import bad_environment
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$"), AfterValidator(lambda url: url.rstrip("/"))]
 Id = Annotated[int, Field(ge=1)]
@@ -34,9 +35,50 @@ class Settings(BaseSettings):
 
     ci_merge_request_labels: str = ""  # as they were when the pipeline was created, separated by commas
 
+    # GitLab: what a receipt says of the job
+    ci_job_name: str | None = None
+    ci_job_url: Url | None = None
+    gitlab_user_login: str | None = None  # who started the job
+    ci_job_image: str | None = None
+    ci_pipeline_url: Url | None = None
+    ci_runner_description: str | None = None
+
+    # The DVC remote. docs/remotes.md says which kind needs which
+    dvc_remote_url: str | None = None
+    dvc_remote_endpoint_url: Url | None = None  # of S3-compatible storage
+    dvc_merge_request_remote_url: str | None = None  # else DVC_REMOTE_URL/merge-requests
+    dvc_remote_user: str | None = None
+    dvc_remote_password: SecretStr | None = None  # with a key file, its passphrase
+    dvc_remote_token: SecretStr | None = None  # WebDAV and HTTP: Authorization: Bearer
+    dvc_remote_key_file: Path | None = None  # ssh
+    dvc_remote_known_hosts_file: Path | None = None  # ssh
+    dvc_remote_http_method: Literal["PUT", "POST"] = "PUT"
+    gdrive_service_account_file: Path | None = None
+    gdrive_credentials_data: SecretStr | None = None
+
     # The comment: a project access token, scope api, role Reporter or higher, masked and not protected
     repo_token: SecretStr | None = None
     gitlab_token: SecretStr | None = None
+
+    # Release: on the default branch
+    ci_default_branch: str = "main"
+    release_token: SecretStr | None = None  # project access token, scope write_repository, protected
+    release_rebuild: bool = False  # train anew and demand what the reviewers saw, to the bit
+    release_without_review: bool = False  # release what nobody has seen a comment on
+    release_job: str = "pipeline"  # of the merge request's pipeline: has dvc.lock and reports/receipt.json
+    release_report_job: str = "report"  # has reports/comment.md and reports/comparison.json
+
+    # Deployment: the image job gives IMAGE, a registry's path with @sha256:…
+    image: str | None = None
+    deploy_command: str | None = None
+    deploy_webhook: Url | None = None
+    deploy_webhook_token: SecretStr | None = None
+    deploy_timeout: Annotated[float, Field(gt=0)] = 300.0  # seconds for a deployed model to answer
+    serve_url: Url | None = None
+    serve_token: SecretStr | None = None  # of the management routes
+
+    # The report: in place of report.margin of params.yaml, which a merge request can change
+    report_margin: Annotated[float, Field(ge=0)] | None = None
 
     # Training
     train_processes: Annotated[int, Field(ge=1)] | None = (
@@ -46,6 +88,10 @@ class Settings(BaseSettings):
     # MLflow
     mlflow_tracking_uri: str = "sqlite:///mlflow.db"
     mlflow_experiment_name: str = "ml"
+    mlflow_model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = "ml"  # the registered model
+    mlflow_run_id: str | None = None  # of the run to write into, as `mlflow run` sets it
+    tracking: bool = True  # TRACKING=off: no run is recorded
+    tracking_folder: Path = Path(".tracking")  # what the server has not got yet
 
     @property
     def comment_token(self) -> SecretStr | None:
@@ -78,7 +124,4 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"  {str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors()]
-        raise UserError(
-            "The environment has bad variables; correct or unset them:\n" + "\n".join(lines)
-        ) from None
+        raise bad_environment(error) from None

@@ -6,19 +6,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from dvc.api import DVCFileSystem
 from dvc.repo import Repo
 
-from ml import files
+from ml import files, git, remotes
 from ml.errors import UserError
 from ml.files import Examples, Predictions
-from ml.report import git
-from ml.report.lock import LOCK, Lock, parse_lock, read_lock
+from ml.lock import LOCK, Lock, parse_lock, read_lock
 from ml.report.result import Problem
 
 T = TypeVar("T")
@@ -67,27 +64,37 @@ class Side:
         return content
 
     def read_through_dvc(self, path: Path) -> bytes:
-        """Raises Unavailable."""
-        try:
-            content: bytes = self.stored.read_bytes(path.as_posix())
-            return content
-        except FileNotFoundError:  # also what DVC makes of a remote that refuses or is down
-            try:
-                ask_remote(self.lock.outs[path.as_posix()])
-            except Exception as error:  # each kind of remote raises its own
-                found = f"{path} could not be fetched: the remote says {type(error).__name__}: {error}"
-                raise Unavailable("unreachable", found) from error
-            raise Unavailable("not_stored", f"{path} is in neither DVC's cache nor its remote") from None
-        except (
-            Exception
-        ) as error:  # each kind of remote raises its own errors: all mean that the file cannot be had
-            found = f"{path} could not be fetched ({type(error).__name__}: {error})"
-            raise Unavailable("unreachable", found) from error
+        """From DVC's cache, else from whichever of its remotes has it; a damaged copy only where none is right.
 
-    @cached_property
-    def stored(self) -> DVCFileSystem:
-        """DVC's view of the commit; made once, as it reads every .dvc file and dvc.lock."""
-        return DVCFileSystem(rev=self.commit, config=present_config())
+        Raises Unavailable.
+        """
+        md5 = self.lock.outs[path.as_posix()]
+        refused: BaseException | None = None
+        damaged: bytes | None = None
+        with Repo() as repo:
+            cached = Path(repo.cache.local.oid_to_path(md5))
+            if cached.is_file():
+                damaged = cached.read_bytes()
+                if hashlib.md5(damaged, usedforsecurity=False).hexdigest() == md5:
+                    return damaged
+            try:
+                for place in remotes.places(repo):
+                    try:
+                        content = place.read_object(md5)
+                    except remotes.RemoteError as error:  # another one may have it
+                        refused = refused or error.__cause__ or error
+                        continue
+                    if content is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+                        return content
+                    damaged = damaged or content
+            except UserError as error:  # a package is missing, or the configuration makes no sense
+                refused = error
+        if damaged is not None:
+            return damaged
+        if refused is not None:
+            found = f"{path} could not be fetched: the remote says {type(refused).__name__}: {refused}"
+            raise Unavailable("unreachable", found) from refused
+        raise Unavailable("not_stored", f"{path} is in neither DVC's cache nor its remote")
 
     @property
     def name(self) -> str:
@@ -118,37 +125,6 @@ class Side:
                 raise Unavailable(
                     "corrupt", f"{path} cannot be used: {found.replace(str(copy), str(path))}"
                 ) from None
-
-
-def ask_remote(md5: str) -> None:
-    """Return where the default remote answers, also that it lacks the object, and where there is no remote.
-
-    Raises whatever says that it cannot be asked: another status than "not found", no right, a missing local folder.
-    """
-    with Repo() as repo:
-        if not repo.config["core"].get("remote"):
-            return
-        remote = repo.cloud.get_remote()
-        objects = remote.odb
-        if remote.fs.protocol == "local":  # a share that is not mounted has no folder
-            remote.fs.info(remote.path)
-        try:
-            objects.fs.info(objects.oid_to_path(md5))
-        except FileNotFoundError as error:
-            cause = error.__cause__
-            # fsspec makes this of every failure of HTTP, with the real one behind it
-            if objects.fs.protocol in ("http", "https") and getattr(cause, "status", None) not in (404, 410):
-                raise cause or error from None
-
-
-def present_config() -> dict[str, Any]:
-    """Today's cache and default remote, config.local included, for reading an older commit: its own may be gone."""
-    with Repo() as repo:
-        name = repo.config["core"].get("remote")
-        config: dict[str, Any] = {"cache": {"dir": repo.cache.local_cache_dir}}
-        if name:
-            config |= {"core": {"remote": name}, "remote": {name: dict(repo.config["remote"][name])}}
-        return config
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from ml import files
 from ml.errors import exit_on_user_error
 from ml.files import Predictions
 from ml.params import load_params
-from ml.report import git
+from ml import git
 from ml.report.baseline import Results, load_candidate, own_results, read_json
 from ml.report.escape import escape
-from ml.report.lock import LOCK, Lock
+from ml.lock import LOCK, Lock
 from ml.report.statistics import metric_tables, right
 from ml.report.words import amount, plural, title, value
 

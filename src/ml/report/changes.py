@@ -14,9 +14,9 @@ from ruamel.yaml.error import YAMLError
 from ml import files
 from ml.files import Examples
 from ml.params import PARAMS_FILE
-from ml.report import git
+from ml import git
 from ml.report.baseline import Side
-from ml.report.lock import Lock, flat
+from ml.lock import Lock, flat
 from ml.report.result import (
     Changes,
     ClassBalance,

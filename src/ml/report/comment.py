@@ -439,6 +439,7 @@ def reproduce_section(comparison: Comparison) -> Section:
         *([f"| baseline | `{made.baseline_commit}` |"] if made.baseline_commit else []),
         f"| dvc.lock, sha256 | `{made.lock_sha256}` |",
         f"| artifacts/model.onnx, sha256 | {f'`{made.model_sha256}`' if made.model_sha256 else 'not in this job'} |",
+        *([f"| image of the job | {escape(made.image)} |"] if made.image else []),
         f"| seeds | {escape(', '.join(map(str, comparison.candidate_seeds)))} |",
     ]
     commands = "```sh\n" + "\n".join(made.commands) + "\n```"

@@ -8,6 +8,7 @@ results yet is no error: the comparison then says so, and holds the candidate's 
 
 import argparse
 import hashlib
+import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from ml import files, plots
 from ml.errors import UserError, exit_on_user_error
 from ml.files import Predictions
 from ml.params import ReportParams, load_params
-from ml.report import git, pictures, result, statistics
+from ml import git
+from ml.report import pictures, result, statistics
 from ml.report.baseline import (
     NoBaseline,
     Results,
@@ -36,7 +38,7 @@ from ml.report.baseline import (
 from ml.report.changes import compare_data, compare_locks, outdated
 from ml.report.costs import stage_results
 from ml.report.examples import flips, name_of
-from ml.report.lock import LOCK
+from ml.lock import LOCK
 from ml.report.result import (
     COMPARISON,
     ClassResult,
@@ -53,6 +55,7 @@ from ml.report.result import (
     improvement,
 )
 from ml.report.statistics import Difference, PairedTests
+from ml.settings import load_settings
 
 PICTURES = files.REPORTS / "comparison"
 
@@ -230,6 +233,16 @@ def model_sha256(side: Side) -> str | None:
         return None
 
 
+def job_image() -> str | None:
+    """What the job ran in that made this dvc.lock, by its receipt; None outside CI."""
+    try:
+        receipt = json.loads((files.REPORTS / "receipt.json").read_bytes())
+        made_it = receipt["lock_sha256"] == files.sha256(Path(LOCK))
+        return str(receipt["image"]) if made_it and receipt["image"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def reproduce(side: Side, baseline: Side | None) -> Reproduce:
     commit = git.head()
     return Reproduce(
@@ -238,6 +251,7 @@ def reproduce(side: Side, baseline: Side | None) -> Reproduce:
         baseline_commit=baseline.commit if baseline else None,
         lock_sha256=files.sha256(Path(LOCK)),
         model_sha256=model_sha256(side),
+        image=job_image(),
         commands=[
             f"git checkout {commit}",
             "make setup && . .venv/bin/activate",
@@ -300,8 +314,8 @@ def write_picture(name: str, title: str, figure: Figure) -> Picture:
     return Picture(path=path.relative_to(files.REPORTS).as_posix(), title=title)
 
 
-def run(revision: str, baseline_costs: Path | None) -> Comparison:
-    """Compare the working folder with the commit `revision`, and draw the pictures.
+def run(revision: str, baseline_costs: Path | None, margin: float | None = None) -> Comparison:
+    """Compare the working folder with the commit `revision`, and draw the pictures; `margin` replaces report.margin.
 
     Raises UserError when the working folder has no valid results, or `revision` is no commit.
     """
@@ -337,7 +351,7 @@ def run(revision: str, baseline_costs: Path | None) -> Comparison:
         detail=findings.detail,
         problem=findings.problem,
         primary_metric=params.primary_metric,
-        margin=params.margin,
+        margin=params.margin if margin is None else margin,
         when_undecided=params.when_undecided,
         test_examples=len(candidate.predictions.ids),
         identical=findings.identical,
@@ -377,7 +391,7 @@ def main() -> None:
         help="reports/cost/ of the baseline's run, which DVC does not keep",
     )
     arguments = parser.parse_args()
-    comparison = run(arguments.baseline, arguments.baseline_cost)
+    comparison = run(arguments.baseline, arguments.baseline_cost, load_settings().report_margin)
     result.save(arguments.out, comparison)
     print(f"{comparison.verdict}: {comparison.reason} → {arguments.out}", file=sys.stderr)
 

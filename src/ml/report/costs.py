@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ml import files
 from ml.errors import UserError
-from ml.report.lock import Lock
+from ml.lock import Lock
 from ml.report.result import StageResult
 
 

@@ -166,6 +166,7 @@ class Reproduce(Record):
     baseline_commit: str | None
     lock_sha256: str
     model_sha256: str | None
+    image: str | None = None  # that the training job ran in: untrusted
     commands: list[str]
 
 

@@ -1,7 +1,8 @@
-"""The few questions that the report asks git."""
+"""The few questions that are asked of git."""
 
 import os
 import subprocess
+from datetime import UTC, datetime
 
 from ml.errors import UserError
 
@@ -30,6 +31,13 @@ def resolve(revision: str) -> str:
 
 def head() -> str:
     return resolve("HEAD")
+
+
+def committed_at(revision: str) -> datetime:
+    """When the commit was made, in UTC."""
+    found = run_git("show", "--no-patch", "--format=%ct", "--end-of-options", resolve(revision))
+    assert found is not None
+    return datetime.fromtimestamp(int(found), UTC)
 
 
 def is_dirty() -> bool:
