@@ -1,0 +1,233 @@
+"""What a release writes into git: the commit of dvc.lock and the annotated tag, and who may push them.
+
+Both are made from nothing but their content and the time of the released commit, so the same release gives the same
+objects whenever it is repeated; pushing one that is there already changes nothing.
+"""
+
+import base64
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from ml import git
+from ml.errors import UserError
+from ml.lock import LOCK
+from ml.release.version import PREFIX, Version, parse_version
+from ml.settings import Settings
+
+ATTEMPTS = 5  # at the default branch, when others push to it meanwhile
+IDENTITY = {"NAME": "Release job", "EMAIL": "release@noreply.localhost"}  # GIT_COMMITTER_NAME and its kin win
+RACES = (
+    "[rejected]",
+    "cannot lock ref",
+    "failed to update ref",
+)  # in git's words; a refusal is "[remote rejected]"
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A release. `base` is the commit that was released: `commit` itself, or its parent where it adds dvc.lock."""
+
+    name: str
+    version: Version
+    commit: str
+    base: str
+    trailers: dict[str, str]
+
+    def holds(self, model_sha256: str, lock_sha256: str) -> bool:
+        return (self.trailers.get("Model-Sha256"), self.trailers.get("Lock-Sha256")) == (
+            model_sha256,
+            lock_sha256,
+        )
+
+
+@dataclass(frozen=True)
+class Pushed:
+    done: bool
+    race: bool = False  # somebody else was faster: look again
+    reason: str = ""  # what git or the server said, without an address
+
+
+def run(*arguments: str, text: str | None = None, **environment: str) -> str:
+    """Standard output of a git command. Raises UserError with what git said."""
+    done = attempt(*arguments, text=text, **environment)
+    if done.returncode:
+        raise UserError(f"`git {arguments[0]}` failed: {last_line(done.stderr)}")
+    return done.stdout.strip()
+
+
+def attempt(
+    *arguments: str, text: str | None = None, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Never asks for a password: without the right one the command fails."""
+    silent = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    return subprocess.run(
+        ["git", *arguments], input=text, capture_output=True, text=True, env=os.environ | silent | environment
+    )
+
+
+def last_line(output: str) -> str:
+    """The last line that says something."""
+    lines = [line for line in output.strip().splitlines() if line.strip() and not line.startswith("hint:")]
+    told = [line for line in lines if line.startswith(("remote: GitLab:", "fatal:", "error:", " !"))] or lines
+    return told[0].strip() if told else "no message"
+
+
+def parents(commit: str) -> list[str]:
+    return run("rev-list", "--parents", "--max-count=1", commit).split()[1:]
+
+
+def is_ancestor(older: str, newer: str) -> bool:
+    """Whether `newer` has `older` in its history; every commit has itself."""
+    return git.run_git("merge-base", "--is-ancestor", older, newer) is not None
+
+
+def fetch(branch: str) -> str:
+    """Bring the default branch and all tags; the branch's newest commit.
+
+    Raises UserError without the whole history: versions and merge requests are found by it.
+    """
+    if run("rev-parse", "--is-shallow-repository") == "true":
+        raise UserError('The history is not whole here. Set GIT_DEPTH: "0" for the release job.')
+    tracked = f"refs/remotes/origin/{branch}"
+    done = attempt("fetch", "--quiet", "--force", "--tags", "origin", f"+refs/heads/{branch}:{tracked}")
+    if done.returncode:
+        raise UserError(
+            f"origin's {branch} could not be fetched: {last_line(done.stderr)}. "
+            "Check `git remote get-url origin` and CI_DEFAULT_BRANCH, then run the job again."
+        )
+    return git.resolve(tracked)
+
+
+def release_tags(head: str) -> list[Tag]:
+    """All that are named model-vX.Y.Z, the highest version first, as seen from the commit `head`."""
+    form = "%(refname:strip=2)%00%(objectname)%00%(*objectname)%00%(contents:trailers:only,unfold)%01"
+    listed = run("for-each-ref", f"--format={form}", f"refs/tags/{PREFIX}*")
+    found = []
+    for entry in listed.split("\x01"):
+        name, *rest = entry.strip("\n").split("\0")
+        version = parse_version(name)
+        if version is not None:
+            target, peeled, trailers = rest
+            commit = peeled or target
+            pairs = (line.partition(": ") for line in trailers.splitlines())
+            found.append(
+                Tag(name, version, commit, base_of(commit, head), {key: value for key, _, value in pairs})
+            )
+    return sorted(found, key=lambda tag: tag.version, reverse=True)
+
+
+def base_of(commit: str, head: str) -> str:
+    """The commit that a tag at `commit` releases: its parent where it only adds dvc.lock beside the history."""
+    if is_ancestor(commit, head):
+        return commit
+    above = parents(commit)
+    changed = run("diff", "--name-only", above[0], commit).splitlines() if len(above) == 1 else []
+    return above[0] if changed == [lock_path()] else commit
+
+
+def lock_path() -> str:
+    """dvc.lock as git names it: the project may lie in a folder of the repository."""
+    return run("rev-parse", "--show-prefix") + LOCK
+
+
+def dated_as(commit: str) -> dict[str, str]:
+    """The environment in which git gives its objects the time of `commit` and the release job's name."""
+    when = run("show", "--no-patch", "--format=%ct", commit) + " +0000"
+    people = {
+        f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in IDENTITY.items()
+    }
+    given = {name: os.environ[name] for name in people if os.environ.get(name)}
+    return people | given | {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when}
+
+
+def lock_commit(parent: str, lock: bytes, message: str) -> str:
+    """A commit after `parent` that changes dvc.lock and nothing else; it is on no branch yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = Path(folder) / "lock"
+        content.write_bytes(lock)
+        blob = run("hash-object", "-w", "--no-filters", str(content))
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        run("read-tree", parent, **index)
+        run("update-index", "--add", "--cacheinfo", f"100644,{blob},{lock_path()}", **index)
+        tree = run("write-tree", **index)
+    return run("commit-tree", tree, "-p", parent, text=message, **dated_as(parent))
+
+
+def tag_object(name: str, commit: str, base: str, message: str) -> str:
+    """The annotated tag as an object of git; no name points to it yet."""
+    tagger = run("var", "GIT_COMMITTER_IDENT", **dated_as(base))
+    return run("mktag", text=f"object {commit}\ntype commit\ntag {name}\ntagger {tagger}\n\n{message}")
+
+
+def stand_on(commit: str) -> None:
+    """Make `commit` the HEAD without touching a file or a branch: what follows is described as made from it."""
+    run("update-ref", "--no-deref", "HEAD", commit)
+    run("read-tree", commit)
+
+
+def push(settings: Settings, source: str, ref: str) -> Pushed:
+    """Push one object to `ref` of the project's repository, starting no pipeline.
+
+    With RELEASE_TOKEN, else CI_JOB_TOKEN (which the project may allow), else as `origin` is set up.
+    """
+    token, user = settings.release_token, "oauth2"
+    if token is None and settings.ci_job_token is not None:
+        token, user = settings.ci_job_token, "gitlab-ci-token"
+    if token is None or settings.ci_project_url is None:
+        address, environment = "origin", {}
+    else:
+        address = f"{settings.ci_project_url}.git"
+        environment = authorization(address, user, token)
+    command = ["push", "--porcelain", address, f"{source}:{ref}"]
+    done = attempt(*command, "--push-option=ci.skip", **environment)
+    if done.returncode and "does not support push options" in done.stderr:
+        done = attempt(*command, **environment)
+    if done.returncode == 0:
+        return Pushed(True)
+    said = done.stdout + done.stderr
+    race = any(word in said for word in RACES)
+    return Pushed(False, race, last_line(done.stderr).replace(address, "the repository"))
+
+
+def authorization(address: str, user: str, token: SecretStr) -> dict[str, str]:
+    """Environment for git to send the token to `address`; not on the command line, which others could read."""
+    count = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
+    secret = base64.b64encode(f"{user}:{token.get_secret_value()}".encode()).decode()
+    settings = {
+        "credential.helper": "",
+        f"http.{address}.extraHeader": f"Authorization: Basic {secret}",
+    }
+    environment = {"GIT_CONFIG_COUNT": str(count + len(settings))}
+    for number, (key, value) in enumerate(settings.items(), count):
+        environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    return environment
+
+
+def commit_lock(settings: Settings, base: str, lock: bytes, message: str) -> str | None:
+    """Bring `lock` to the default branch as a commit of its own, after what others pushed meanwhile.
+
+    Returns None when the branch has it now, else the reason why not.
+    """
+    branch = settings.ci_default_branch
+    before = git.show(base, LOCK)
+    for _ in range(ATTEMPTS):
+        tip = fetch(branch)
+        found = git.show(tip, LOCK)
+        if found == lock:
+            return None
+        if not is_ancestor(base, tip):
+            return f"{branch} no longer has {base[:8]} in its history"
+        if found != before:
+            return f"{branch} has moved on and brings a {LOCK} of its own, whose release will commit it"
+        pushed = push(settings, lock_commit(tip, lock, message), f"refs/heads/{branch}")
+        if pushed.done:
+            run("update-ref", f"refs/remotes/origin/{branch}", fetch(branch))
+            return None
+        if not pushed.race:
+            return pushed.reason
+    return f"others pushed to {branch} during each of {ATTEMPTS} attempts"
