@@ -1,100 +1,84 @@
 """`make demo`: a merge request's life on scikit-learn's embedded digits, in demo/workspace, with no download.
 
-    baseline on main → a change on a branch → pipeline → verdict → comment → gate
+    baseline on main → a change on a branch → pipeline → verdict → comment → gate → release → serve → hot swap
 
-Real git, real DVC with a remote in a folder; the checkout that this runs from is left untouched.
+Real git, real DVC with a remote in a folder; the checkout that this runs from is left untouched. `make rehearse` goes
+the same way by the real .gitlab-ci.yml.
 """
 
-import os
-import shlex
+import io
+import secrets
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import matplotlib.image
+import numpy as np
+import requests
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from demo.scratch import ROOT, Scratch, say  # noqa: E402
+
 DEMO = ROOT / "demo"
 WORKSPACE = DEMO / "workspace"
-PROJECT = WORKSPACE / "project"
-REMOTE = WORKSPACE / "remote"
-BASELINE_COST = WORKSPACE / "baseline-cost"
-
-IDENTITY = {"GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost"}
-IDENTITY |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in IDENTITY.items()}
 
 
-def say(step: str) -> None:
-    print(f"\n\033[1m── {step}\033[0m" if sys.stdout.isatty() else f"\n── {step}", flush=True)
+def serve_and_swap(scratch: Scratch) -> None:
+    token = secrets.token_urlsafe(32)
+    test = np.load(scratch.project / "artifacts/test.npz")
+    png = io.BytesIO()
+    matplotlib.image.imsave(png, test["images"][0], cmap="gray", vmin=0, vmax=255, format="png")
+    with scratch.serving(token, MODEL_TAG="model-v1.0.0") as address:
 
+        def ask(method: str, route: str, **request: object) -> dict[str, object]:
+            answer = requests.request(method, address + route, timeout=60, **request)  # type: ignore[arg-type]
+            if not answer.ok:
+                sys.exit(f"stopped: {method} {route} answered {answer.status_code}: {answer.text}")
+            content: dict[str, object] = answer.json()
+            return content
 
-def run(*command: str, quiet: bool = False, may_fail: bool = False) -> None:
-    """Run a command in the scratch project, showing it unless `quiet`. A failure ends the demo unless it `may_fail`."""
-    if not quiet:
-        print(f"$ {shlex.join(command)}", flush=True)
-    environment = {
-        # In a GitLab job, CI_* and its kin describe another repository than the scratch one.
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("CI_", "GITLAB_", "REPO_TOKEN"))
-        },
-        **IDENTITY,
-        "PYTHONPATH": str(PROJECT / "src"),
-        "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
-        "GIT_CONFIG_GLOBAL": os.devnull,  # no signing, no hooks of the user's
-    }
-    done = subprocess.run(command, cwd=PROJECT, env=environment)
-    if done.returncode and not may_fail:
-        sys.exit(f"the demo stopped: {shlex.join(command)} failed.")
+        def predict() -> None:
+            found = ask("POST", "/predict", files={"file": ("digit.png", png.getvalue(), "image/png")})
+            (prediction,) = found["predictions"]  # type: ignore[misc]
+            print(
+                f"POST /predict digit.png (a {test['labels'][0]}) → {prediction['class']}, "
+                f"{prediction['probability']:.1%} sure, says {found['model']}"
+            )
 
-
-def copy_project() -> None:
-    """The files that git knows of, as they are now, into a repository of their own."""
-    shutil.rmtree(WORKSPACE, ignore_errors=True)
-    PROJECT.mkdir(parents=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, PROJECT / name)
-    run("git", "init", "--quiet", "--initial-branch=main", quiet=True)
-
-
-def commit(message: str) -> None:
-    run("git", "add", "--all", quiet=True)
-    run("git", "commit", "--quiet", "--message", message, quiet=True)
+        predict()
+        for route, body in (("/replace_ml_model", {"tag": "model-v1.1.0"}), ("/rollback_ml_model", None)):
+            done = ask("POST", route, json=body, headers={"Authorization": f"Bearer {token}"})
+            print(f"POST {route} {body or ''} → {done['previous']} → {done['tag']}")
+            predict()
 
 
 def main() -> None:
     started = time.monotonic()
     say("A team uses the template: its own data, and a DVC remote (here a folder)")
-    copy_project()
-    (PROJECT / "dvc.lock").unlink(missing_ok=True)
-    run(sys.executable, "-m", "ml.params", "--preset", "presets/digits.yaml")
-    run(sys.executable, "-m", "ml.task.dataset", "fetch", "digits", "--to", "data")
-    run("dvc", "add", "--quiet", "data")
-    run("dvc", "remote", "add", "--default", "--quiet", "storage", str(REMOTE))
+    scratch = Scratch(WORKSPACE)
+    project, baseline_cost = scratch.project, WORKSPACE / "baseline-cost"
+    (project / "dvc.lock").unlink(missing_ok=True)
+    scratch.python("-m", "ml.params", "--preset", "presets/digits.yaml")
+    scratch.python("-m", "ml.task.dataset", "fetch", "digits", "--to", "data")
+    scratch.run("dvc", "add", "--quiet", "data")
+    scratch.run("dvc", "remote", "add", "--default", "--quiet", "storage", str(WORKSPACE / "remote"))
 
     say("The baseline on main: load → preprocess → train → evaluate")
-    run("dvc", "repro", "--quiet")
-    commit("Train the baseline on digits")
-    run("dvc", "push", "--quiet", "--run-cache")
-    shutil.move(PROJECT / "reports/cost", BASELINE_COST)
+    scratch.run("dvc", "repro", "--quiet")
+    scratch.commit("Train the baseline on digits")
+    scratch.run("dvc", "push", "--quiet", "--run-cache")
+    shutil.move(project / "reports/cost", baseline_cost)
 
     say("A merge request: would a fifth of the training do?")
-    run("git", "switch", "--quiet", "--create", "fewer-epochs", quiet=True)
-    run("dvc", "exp", "run", "--quiet", "--set-param", "train.epochs=2")
-    commit("Train a fifth as long")
+    scratch.run("git", "switch", "--quiet", "--create", "fewer-epochs", quiet=True)
+    scratch.run("dvc", "exp", "run", "--quiet", "--set-param", "train.epochs=2")
+    scratch.commit("Train a fifth as long")
 
     say("The verdict: what changed, what it did, and whether that may be luck")
-    run(
-        sys.executable, "-m", "ml.report.compare", "--baseline", "main", "--baseline-cost", str(BASELINE_COST)
-    )
-    run(
-        sys.executable,
+    scratch.python("-m", "ml.report.compare", "--baseline", "main", "--baseline-cost", str(baseline_cost))
+    scratch.python(
         "-m",
         "ml.report.comment",
         "--out",
@@ -102,13 +86,22 @@ def main() -> None:
         "--html",
         "reports/comment.html",
     )
-    run("dvc", "params", "diff", "main")
+    scratch.run("dvc", "params", "diff", "main")
 
     say("The gate: red or green for the merge request")
-    run(sys.executable, "-m", "ml.report.gate", may_fail=True)
+    scratch.python("-m", "ml.report.gate", may_fail=True)
+
+    say("Release: each model in a folder of its own, with all that serving it needs")
+    scratch.python("-m", "ml.bundle", "--tag", "model-v1.1.0", "--to", "models")
+    scratch.run("git", "switch", "--quiet", "main")
+    scratch.run("dvc", "checkout", "--quiet", "--force")
+    scratch.python("-m", "ml.bundle", "--tag", "model-v1.0.0", "--to", "models")
+
+    say("Serve it, ask it, and swap the model without a restart")
+    serve_and_swap(scratch)
 
     say("Done")
-    shutil.copy2(PROJECT / "reports/comment.html", DEMO / "comment.html")
+    shutil.copy2(project / "reports/comment.html", DEMO / "comment.html")
     print(
         "The comment that the reviewer reads: demo/comment.html\n"
         "The repository to look around in: demo/workspace/project\n"
