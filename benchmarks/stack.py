@@ -32,7 +32,8 @@ import psycopg2
 
 from ml import files
 from ml.errors import UserError, exit_on_user_error
-from tests.stack import Stack, free_port, missing_programs, running_stack
+from tests.ports import free_port
+from tests.stack import Stack, missing_programs, running_stack
 from tests.stack_load import PARAMS
 
 GOAL = 3.5

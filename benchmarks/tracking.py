@@ -30,6 +30,7 @@ import requests
 
 from ml import files
 from ml.fit import History, Progress, TrainPoint, ValidationPoint
+from ml.lock import flat
 from ml.params import apply_preset, load_params
 from ml.settings import Settings
 from ml.tracking import client as server_client
@@ -244,7 +245,7 @@ def check_complete(address: str) -> dict[str, Any]:
 def missing_of(client: Any, run: Any, params: Any, curves: list[History]) -> list[str]:
     """What a run lacks of all that the documentation promises, by name."""
     missing = [f"status {run.info.status}"] if run.info.status != "FINISHED" else []
-    wanted = metadata.flat(params.model_dump(mode="json"))
+    wanted = flat(params.model_dump(mode="json"))
     missing += [f"param {key}" for key, value in wanted.items() if run.data.params.get(key) != str(value)]
     hashes = {
         f"dvc.{side}.{path}"

@@ -128,6 +128,7 @@ def comparison(
             baseline_commit="b" * 40,
             lock_sha256="c" * 64,
             model_sha256="d" * 64,
+            image=text,
             commands=["git checkout " + "a" * 40],
         ),
         "pictures": [Picture(path="comparison/difference.png", title="The difference")],

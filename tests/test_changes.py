@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from ml.errors import UserError
-from ml.report import changes, git
-from ml.report.lock import Lock, StageLock, flat, parse_lock, read_lock
+from ml import git
+from ml.report import changes
+from ml.lock import Lock, StageLock, flat, parse_lock, read_lock
 from tests.experiment import Experiment, make_experiment, predictions
 
 ROOT = Path(__file__).parents[1]

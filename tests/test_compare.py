@@ -15,10 +15,11 @@ import pytest
 
 from ml import files
 from ml.errors import UserError
-from ml.report import comment, compare, gate, git, result
+from ml import git
+from ml.report import comment, compare, gate, result
 from ml.report.baseline import Side, Unavailable
 from ml.report.changes import outdated
-from ml.report.lock import Lock, StageLock, read_lock
+from ml.lock import Lock, StageLock, read_lock
 from ml.report.result import Comparison
 from tests.experiment import CLASSES, Experiment, examples, make_experiment, predictions
 
@@ -258,14 +259,70 @@ def test_missing_remote_does_not_block(experiment: Experiment) -> None:
     assert passes(comparison)
 
 
-def test_folder_of_the_remote_that_is_not_mounted_blocks(experiment: Experiment) -> None:
+def test_remote_whose_folder_was_never_made_is_an_empty_one_and_does_not_block(
+    experiment: Experiment,
+) -> None:
     experiment.add_remote()
     baseline = two_commits(experiment)
     without_cache(experiment)
     comparison = run(baseline)
+    assert comparison.problem == "not_stored"
+    assert passes(comparison)
+
+
+def test_share_of_the_remote_that_is_not_mounted_blocks(experiment: Experiment, tmp_path: Path) -> None:
+    experiment.add_remote()
+    baseline = two_commits(experiment)
+    without_cache(experiment)
+    use_remotes(experiment, store=tmp_path / "share/folder/store")
+    comparison = run(baseline)
     assert comparison.problem == "unreachable"
     assert comparison.detail and "the remote says FileNotFoundError" in comparison.detail
     assert not passes(comparison)
+
+
+def use_remotes(experiment: Experiment, **folders: Path) -> None:
+    """As `ml.release.remote` writes them into the job's configuration; `merge_request` is merge-request."""
+    named = {name.replace("_", "-"): folder for name, folder in folders.items()}
+    text = "".join(f"['remote \"{name}\"']\n    url = {folder}\n" for name, folder in named.items())
+    (experiment.folder / ".dvc/config.local").write_text(text)
+
+
+def stored_and_worse(experiment: Experiment) -> tuple[Path, str]:
+    """The remote, which has the results of both commits (the cache has none), and the baseline."""
+    remote = experiment.add_remote()
+    baseline = two_commits(experiment, wrong=0.4)
+    with_baseline_outputs(experiment)
+    experiment.git("checkout", "--quiet", baseline)
+    experiment.push()
+    experiment.git("checkout", "--quiet", "-")
+    without_cache(experiment)
+    return remote, baseline
+
+
+def test_results_are_taken_from_whichever_remote_has_them(experiment: Experiment, tmp_path: Path) -> None:
+    remote, baseline = stored_and_worse(experiment)
+    shutil.rmtree(experiment.folder / "artifacts")
+    prefix = tmp_path / "prefix"
+    objects = sorted((remote / "files/md5").glob("*/*"))
+    for path in objects[::2]:  # half of them are in the merge request's prefix alone
+        moved = prefix / path.relative_to(remote)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(moved)
+    use_remotes(experiment, store=remote, merge_request=prefix)
+    assert run(baseline).verdict == "worse"
+
+
+def test_damaged_copy_on_one_remote_does_not_hide_a_right_one_on_the_other(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    remote, baseline = stored_and_worse(experiment)
+    shutil.copytree(remote, tmp_path / "prefix")
+    for path in (remote / "files/md5").glob("*/*"):
+        path.chmod(0o644)
+        path.write_bytes(b"damaged")
+    use_remotes(experiment, store=remote, merge_request=tmp_path / "prefix")
+    assert run(baseline).verdict == "worse"
 
 
 @contextmanager
@@ -322,11 +379,13 @@ def test_remote_that_cannot_be_asked_blocks(experiment: Experiment, monkeypatch:
     def refused(*_: object, **__: object) -> bytes:
         raise PermissionError("403 Forbidden\n/approve")
 
-    monkeypatch.setattr("dvc.api.DVCFileSystem.read_bytes", refused)
+    experiment.add_remote()
+    without_cache(experiment)
+    monkeypatch.setattr("dvc.fs.LocalFileSystem.cat_file", refused)
     comparison = run(baseline)
     assert (comparison.problem, comparison.detail) == (
         "unreachable",
-        "reports/predictions.npz could not be fetched (PermissionError: 403 Forbidden\n/approve)",
+        "reports/predictions.npz could not be fetched: the remote says PermissionError: 403 Forbidden\n/approve",
     )
     assert not passes(comparison)
 
@@ -477,8 +536,8 @@ def test_job_local_remote_configuration_is_used_for_the_older_commit(
     without_cache(experiment)
     moved = tmp_path / "moved"
     remote.rename(moved)
-    assert run(baseline).problem == "unreachable"
-    (experiment.folder / ".dvc/config.local").write_text(f"['remote \"store\"']\n    url = {moved}\n")
+    assert run(baseline).problem == "not_stored"
+    use_remotes(experiment, store=moved)
     assert run(baseline).verdict == "no detectable difference"
 
 
@@ -561,3 +620,18 @@ def test_training_data_that_changed_is_compared_example_by_example(experiment: E
     assert [balance.name for balance in train.per_class] == list(CLASSES)
     assert sum(balance.after for balance in train.per_class) == 35
     assert (test.added, test.removed, test.relabelled) == (0, 0, 0)
+
+
+def test_image_of_the_job_is_named_only_by_the_receipt_of_this_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare.job_image() is None
+    Path("dvc.lock").write_text("lock")
+    Path("reports").mkdir()
+    receipt = {"image": "registry.example/ci:main", "lock_sha256": files.sha256(Path("dvc.lock"))}
+    Path("reports/receipt.json").write_text(json.dumps(receipt))
+    assert compare.job_image() == "registry.example/ci:main"
+    for other in (receipt | {"lock_sha256": "0" * 64}, receipt | {"image": None}, []):
+        Path("reports/receipt.json").write_text(json.dumps(other))
+        assert compare.job_image() is None

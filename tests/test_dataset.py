@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ml import files
 from ml.errors import UserError
+from ml.examples import describe, example_ids
 from ml.task import dataset
-from ml.task.dataset import describe, example_ids, read_dataset, read_idx
+from ml.task.dataset import read_dataset, read_idx
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = dataset.RAW_FILES
 ToIdx = Callable[[NDArray[np.uint8]], bytes]
@@ -208,7 +209,7 @@ def test_labels_leave_room_for_a_class_that_never_occurs(tmp_path: Path, write_r
     labels = np.array([0, 1, 3] * 10)
     found = read_dataset(write_raw(tmp_path, train_labels=labels), "custom")
     assert found.train.class_names.tolist() == ["0", "1", "2", "3"]
-    assert describe(found, tmp_path, "custom")["train"]["per_class"] == {"0": 10, "1": 10, "2": 0, "3": 10}
+    assert describe(found, "custom")["train"]["per_class"] == {"0": 10, "1": 10, "2": 0, "3": 10}
 
 
 # Known sets
@@ -327,7 +328,7 @@ def test_description_counts_classes_repeats_and_leaks(tmp_path: Path, write_raw:
     test[0] = train[7]
     test[1] = train[3]
     write_raw(tmp_path, train_images=train, test_images=test)
-    found = describe(read_dataset(tmp_path, "custom"), tmp_path, "custom")
+    found = describe(read_dataset(tmp_path, "custom"), "custom")
     assert (found["image_height"], found["image_width"], found["class_names"]) == (5, 4, ["0", "1", "2"])
     assert found["train"]["examples"] == 30 and found["test"]["examples"] == 12
     assert found["train"]["per_class"] == {"0": 10, "1": 10, "2": 10}

@@ -15,10 +15,11 @@ STAGES = PIPELINE["stages"]
 WITHOUT_EFFECT_ON_OUTPUTS = {
     "src/ml/cost.py",  # writes what a stage cost, which is no output
     "src/ml/progress.py",
+    "src/ml/raw_data.py",  # another command of ml.task.dataset
     "src/ml/settings.py",  # where to report to, how many seeds at a time
     "src/ml/task/fetch.py",  # another command of ml.task.dataset
-    "src/ml/tracking.py",
 }
+TRACKING = "src/ml/tracking/"  # reports on a run, and never stops it or changes it
 
 
 def module_file(name: str) -> Path | None:
@@ -48,7 +49,8 @@ def code_of(stage: str) -> set[str]:
     todo, seen = [SOURCE / "ml" / "stages" / f"{stage}.py"], set()
     while todo:
         file = todo.pop()
-        if file not in seen and str(file.relative_to(ROOT)) not in WITHOUT_EFFECT_ON_OUTPUTS:
+        name = file.relative_to(ROOT).as_posix()
+        if file not in seen and name not in WITHOUT_EFFECT_ON_OUTPUTS and not name.startswith(TRACKING):
             seen.add(file)
             todo += imported_files(file)
     return {str(file.relative_to(ROOT)) for file in seen}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ml import files
+from ml.examples import describe
 from ml.stages import load
 from ml.task import dataset
 
@@ -91,7 +92,7 @@ def test_good_data_give_examples_a_summary_and_a_card(workplace: Path, write_raw
         for name, array in vars(part).items():
             assert np.array_equal(getattr(saved, name), array), name
     summary = json.loads(files.DATA_SUMMARY.read_text())
-    assert summary == dataset.describe(raw, Path("data"), "custom")
+    assert summary == describe(raw, "custom")
     card = files.DATA_CARD.read_text(encoding="utf-8")
     assert card.startswith("# Data: custom\n") and "| 2 | 10 | 4 |" in card
     assert all(md5 in card for md5 in summary["md5"].values())

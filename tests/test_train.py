@@ -20,7 +20,7 @@ from ml import files
 from ml.files import load_weights
 from ml.params import Params, load_params
 from ml.stages import train
-from tests.workspace import environment, make_workspace, run_stage
+from tests.workspace import ROOT, environment, make_workspace, run_stage
 
 OUTPUTS = ("weights", "model.safetensors", "model.onnx", "training.json")
 
@@ -149,6 +149,7 @@ def test_workers_end_when_the_stage_is_killed(prepared: Path) -> None:
     process.kill()
     process.wait()
     assert workers
+    deadline = time.monotonic() + 60
     while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_alive(pid) for pid in workers)
@@ -184,9 +185,26 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+def test_two_processes_do_the_sums_of_one(tmp_path: Path) -> None:
+    """In float64, where rounding does not hide a fault: the curve and every weight, to 12 digits."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    results = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        file = tmp_path / f"{name}.npz"
+        command = [sys.executable, *launcher, "-m", "tests.fit_in_float64", str(file)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(np.load(file))
+    one, two = results
+    assert one["losses"][-1] < 0.8 * one["losses"][0]  # it does learn
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_under_torchrun_agree_with_one_within_tolerance(trained: Path, prepared: Path) -> None:
-    # README states these tolerances. The order of sums differs, so the two need not stay together: seen in one of two
-    # seeds, by 0.035 in one weight and 0.0007 on average in a layer (the other: 1e-7). The cause was not traced.
+    # README states these tolerances. The order of sums differs, so float32 rounds otherwise, which training may blow
+    # up: seen in one of two seeds, by 0.035 in one weight and 0.0007 on average in a layer (the other: 1e-7).
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, "-m", "ml.stages.train"], cwd=prepared, env=environment(), capture_output=True, text=True
@@ -250,26 +268,3 @@ def test_divergence_in_one_seed_ends_the_stage_and_names_the_seed(prepared: Path
     assert "Lower train.learning_rate in params.yaml (now 10.0)" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (prepared / "artifacts/model.onnx").exists()
-
-
-@pytest.mark.slow
-def test_training_curves_and_params_reach_mlflow_with_their_global_steps(trained: Path) -> None:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{trained}/mlflow.db")
-    experiment = client.get_experiment_by_name("ml")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["train.epochs"] == "2"
-    history = client.get_metric_history(run.info.run_id, "train_loss_seed_1")
-    assert [metric.step for metric in history] == [10, 20, 30, 40, 50, 60, 70]
-
-
-def test_training_without_a_reachable_mlflow_server_still_ends_well(prepared: Path) -> None:
-    done = run_stage(
-        "train", prepared, MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "did not record this run" in done.stderr
-    assert (prepared / "artifacts/model.onnx").exists()

@@ -39,7 +39,8 @@ def make_workspace(folder: Path, **train: Any) -> Path:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment with one thread per library, so that tests on a busy machine do not spin."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", **more}
+    quiet = {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db", "TRACKING": "off"}
+    return {**os.environ, **quiet, **more}
 
 
 def run_stage(stage: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:

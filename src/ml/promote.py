@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ml.errors import UserError, exit_on_user_error
+from ml.lock import flat
 from ml.settings import Settings, load_settings
 from ml.tracking import lifecycle, registry
 from ml.tracking.client import without_password
 from ml.tracking.lifecycle import STAGES, UP, WHY_LIMIT, Entry, Stage, State
-from ml.tracking.metadata import flat
 from ml.tracking.store import Change, Registry, Version, numbers
 from ml.tracking.trace import Finding, check
 

@@ -9,18 +9,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 # Importing these registers their routes.
-from tests.gitlab_emulator import merge_requests, pipelines, projects, repository
+from tests.gitlab_emulator import git, jobs, merge_requests, mlflow, pipelines, projects, releases, repository
 from tests.gitlab_emulator.auth import UNAUTHORIZED, authenticate, find_project, require_user
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
 from tests.gitlab_emulator.page import merge_request_page
 from tests.gitlab_emulator.routing import ApiError, Call, answer, not_found, read_body, route
 from tests.gitlab_emulator.state import Project, State
 
-ROUTE_MODULES = (merge_requests, pipelines, projects, repository)
+ROUTE_MODULES = (jobs, merge_requests, mlflow, pipelines, projects, releases, repository)
 
 API = "/api/v4"
 UPLOAD_OF_ID = re.compile(r"/-/project/(?P<project>\d+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")
 UPLOAD_OF_PATH = re.compile(r"/(?P<project>.+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")
+GIT = re.compile(rf"/(?P<project>.+)\.git/(?P<service>{'|'.join(git.SERVICES)})")
 PAGE = re.compile(r"/(?P<project>.+)/-/merge_requests/(?P<iid>\d+)")
 
 
@@ -50,6 +51,9 @@ class App:
         try:
             if path.startswith(f"{API}/"):
                 return await self.api(request, path.removeprefix(API))
+            match = GIT.fullmatch(path)
+            if match is not None:
+                return await self.repository(request, unquote(match["project"]), match["service"])
             with self.state.lock:
                 return self.site(path)
         except ApiError as error:
@@ -75,9 +79,20 @@ class App:
                 if not found.public:
                     require_user(call.token, found.method)
                 call.project = self.project(arguments["id"]) if found.public else self.visible_project(call)
+                git.sync(call.project)
             elif call.token is None:
                 raise UNAUTHORIZED
             return answer(found.handler(call), request.method)
+
+    async def repository(self, request: Request, name: str, service: str) -> Response:
+        project = self.project(name)
+        if project.repository is None:
+            raise not_found()
+        body = await request.body()
+        answered = await asyncio.to_thread(git.serve, request, body, project, self.state, service)
+        with self.state.lock:
+            git.sync(project)
+        return answered
 
     def visible_project(self, call: Call) -> Project:
         return find_project(self.state, call["id"], call.token)

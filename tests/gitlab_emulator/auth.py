@@ -29,16 +29,16 @@ def authenticate(request: Request, state: State, route: Route) -> Token | None:
         or (token.scope == "job" and not route.job_token)
     ):
         raise UNAUTHORIZED
+    if token.scope == "write_repository":
+        raise insufficient("api read_api")
     if token.scope == "read_api" and route.method not in ("GET", "HEAD"):
-        raise ApiError(
-            403,
-            {
-                "error": "insufficient_scope",
-                "error_description": "The request requires higher privileges than provided by the access token.",
-                "scope": "api",
-            },
-        )
+        raise insufficient("api")
     return token
+
+
+def insufficient(scope: str) -> ApiError:
+    told = "The request requires higher privileges than provided by the access token."
+    return ApiError(403, {"error": "insufficient_scope", "error_description": told, "scope": scope})
 
 
 def require_user(token: Token | None, method: str) -> None:

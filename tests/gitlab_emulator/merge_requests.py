@@ -4,8 +4,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from tests.gitlab_emulator.git import Conflict, merge
 from tests.gitlab_emulator.paging import paged
 from tests.gitlab_emulator.quick_actions import extract
+from tests.gitlab_emulator.repository import commit_json
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, now
 from tests.gitlab_emulator.views import merge_request_json, note_json
@@ -20,7 +22,13 @@ def _json(call: Call, merge_request: MergeRequest) -> dict[str, Any]:
 
 @route("GET", "/projects/:id/merge_requests", job_token=True)
 def list_merge_requests(call: Call) -> Any:
-    found = sorted(call.project.merge_requests.values(), key=lambda merge_request: -merge_request.id)
+    """By created_at, or updated_at with order_by; newest first unless sort=asc."""
+    key = "updated_at" if call.query.get("order_by") == "updated_at" else "created_at"
+    found = sorted(
+        call.project.merge_requests.values(),
+        key=lambda merge_request: (getattr(merge_request, key), merge_request.id),
+        reverse=call.query.get("sort", "desc") != "asc",
+    )
     for name in ("source_branch", "target_branch", "state"):
         wanted = call.query.get(name)
         if wanted not in (None, "", "all"):
@@ -66,7 +74,51 @@ def update_merge_request(call: Call) -> Any:
     labels = [*labels, *(name for name in _names(call.get("add_labels")) if name not in labels)]
     removed = _names(call.get("remove_labels"))
     merge_request.labels = [name for name in labels if name not in removed]
+    merge_request.updated_at = now()
     return _json(call, merge_request)
+
+
+@route("PUT", "/projects/:id/merge_requests/:iid/merge")
+def merge_merge_request(call: Call) -> Any:
+    """By the project's merge method; `squash` and `sha`, the head that is meant. Needs a repository."""
+    merge_request = call.merge_request
+    assert call.token is not None
+    if call.token.access_level < MAINTAINER:
+        raise ApiError(401, "401 Unauthorized")
+    if merge_request.state != "opened" or call.project.repository is None:
+        raise ApiError(405, "405 Method Not Allowed")
+    if call.get("sha") not in (None, merge_request.sha):
+        raise ApiError(409, "SHA does not match HEAD of source branch")
+    squash = str(call.get("squash", "false")).lower() == "true"
+    try:
+        merged, squashed = merge(
+            call.project,
+            merge_request.sha,
+            merge_request.iid,
+            merge_request.title,
+            merge_request.source_branch,
+            squash,
+        )
+    except Conflict:
+        raise ApiError(406, "Branch cannot be merged") from None
+    merge_request.state = "merged"
+    merge_request.merged_at = merge_request.updated_at = now()
+    merge_request.merge_commit_sha, merge_request.squash_commit_sha = merged or None, squashed or None
+    return _json(call, merge_request)
+
+
+@route("GET", "/projects/:id/merge_requests/:iid/commits")
+def list_commits(call: Call) -> Any:
+    path = f"/projects/{call.project.id}/merge_requests/{call.merge_request.iid}/commits"
+    return paged(call, call.merge_request.commits, path, lambda sha: commit_json(call, sha))
+
+
+@route("GET", "/projects/:id/merge_requests/:iid/pipelines")
+def list_pipelines(call: Call) -> Any:
+    """Newest first: those of its head and of its merged result."""
+    refs = {f"refs/merge-requests/{call.merge_request.iid}/{kind}" for kind in ("head", "merge")}
+    found = [pipeline for pipeline in call.project.pipelines[::-1] if pipeline["ref"] in refs]
+    return paged(call, found, f"/projects/{call.project.id}/merge_requests/{call['iid']}/pipelines")
 
 
 def _names(value: Any) -> list[str]:

@@ -6,25 +6,20 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 from starlette.responses import Response
 
+from tests.gitlab_emulator.git import git
+from tests.gitlab_emulator.jobs import find_pipeline
 from tests.gitlab_emulator.paging import paged
 from tests.gitlab_emulator.routing import Call, not_found, route
-from tests.gitlab_emulator.state import now
 
 
 def _start(call: Call, ref: str, source: str, variables: dict[str, str]) -> dict[str, Any]:
-    pipeline_id = call.state.new_id()
-    pipeline = {
-        "id": pipeline_id,
-        "iid": len(call.project.pipelines) + 1,
-        "project_id": call.project.id,
-        "ref": ref,
-        "status": "created",
-        "source": source,
-        "created_at": now(),
-        "web_url": f"{call.project_url}/-/pipelines/{pipeline_id}",
-    }
-    call.project.pipelines.append(pipeline | {"variables": variables})
-    return pipeline
+    repository = call.project.repository
+    sha = git(repository, "rev-parse", "--verify", ref, check=False) if repository else ""
+    pipeline = call.state.add_pipeline(call.project, ref, sha, "created", source, {})
+    pipeline["web_url"] = f"{call.project_url}/-/pipelines/{pipeline['id']}"
+    shown = dict(pipeline)
+    pipeline["variables"] = variables
+    return shown
 
 
 @route("POST", "/projects/:id/pipeline")
@@ -46,15 +41,19 @@ def trigger_pipeline(call: Call) -> Any:
 
 @route("GET", "/projects/:id/pipelines")
 def list_pipelines(call: Call) -> Any:
-    return paged(call, call.project.pipelines[::-1], f"/projects/{call.project.id}/pipelines")
+    """Newest first, those whose ref, sha, status and source are as the query says."""
+    wanted = {name: call.query[name] for name in ("ref", "sha", "status", "source") if name in call.query}
+    found = [
+        pipeline
+        for pipeline in call.project.pipelines[::-1]
+        if all(pipeline.get(name) == value for name, value in wanted.items())
+    ]
+    return paged(call, found, f"/projects/{call.project.id}/pipelines")
 
 
 @route("GET", "/projects/:id/pipelines/:pipeline_id")
 def get_pipeline(call: Call) -> Any:
-    for pipeline in call.project.pipelines:
-        if str(pipeline["id"]) == call["pipeline_id"]:
-            return pipeline
-    raise not_found()
+    return find_pipeline(call)
 
 
 @route("POST", "/projects/:id/ci/lint")
@@ -114,8 +113,11 @@ def get_package(call: Call) -> Any:
 
 @route("GET", "/projects/:id/packages", job_token=True)
 def list_packages(call: Call) -> Any:
+    """Those whose package_name and package_version are as the query says."""
+    wanted = call.query.get("package_name"), call.query.get("package_version")
     items = [
         {"name": name, "version": version, "package_type": "generic", "status": "default"}
         for name, version in call.project.packages
+        if wanted[0] in (None, name) and wanted[1] in (None, version)
     ]
     return paged(call, items, f"/projects/{call.project.id}/packages")

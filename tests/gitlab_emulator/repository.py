@@ -1,4 +1,4 @@
-"""Commits, their comments, statuses and merge requests; tags, files, releases (doc/api/commits.md, tags.md, …)."""
+"""Commits, their comments, statuses and merge requests; files (doc/api/commits.md, repository_files.md)."""
 
 import base64
 import hashlib
@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tests.gitlab_emulator.git import git
 from tests.gitlab_emulator.paging import paged
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import now
@@ -17,9 +18,30 @@ COMMIT = "/projects/:id/repository/commits/:sha"
 
 @route("GET", f"{COMMIT}/merge_requests")
 def merge_requests_of_commit(call: Call) -> Any:
-    found = [known for known in call.project.merge_requests.values() if known.sha == call["sha"]]
+    """Those it came in by: its head, a commit of its diff, its squash commit or its merge commit."""
+    found = [
+        known
+        for known in call.project.merge_requests.values()
+        if call["sha"] in (known.sha, known.merge_commit_sha, known.squash_commit_sha, *known.commits)
+    ]
     items = [merge_request_json(known, call.project, call.base_url) for known in found]
     return paged(call, items, f"/projects/{call.project.id}/repository/commits/{call['sha']}/merge_requests")
+
+
+@route("GET", COMMIT, job_token=True)
+def get_commit(call: Call) -> Any:
+    return commit_json(call, call["sha"])
+
+
+def commit_json(call: Call, sha: str) -> dict[str, Any]:
+    """Needs a repository: without one, as for an unknown commit, it is a 404."""
+    repository = call.project.repository
+    shown = git(repository, "show", "-s", "--format=%H%x00%P%x00%B", sha, check=False) if repository else ""
+    if not shown:
+        raise not_found("Commit")
+    full, parents, message = shown.split("\0")
+    title = message.partition("\n")[0]
+    return {"id": full, "parent_ids": parents.split(), "title": title, "message": message}
 
 
 @route("GET", f"{COMMIT}/comments")
@@ -71,32 +93,6 @@ def set_status(call: Call) -> Any:
     return entry
 
 
-@route("GET", "/projects/:id/repository/tags")
-def list_tags(call: Call) -> Any:
-    return paged(call, list(call.project.tags.values())[::-1], f"/projects/{call.project.id}/repository/tags")
-
-
-@route("POST", "/projects/:id/repository/tags")
-def create_tag(call: Call) -> Any:
-    name, ref = call.require("tag_name", "ref")
-    if name in call.project.tags:
-        raise ApiError(400, f"Tag {name} already exists")
-    return _add_tag(call, name, ref, call.get("message", ""))
-
-
-def _add_tag(call: Call, name: str, ref: str, message: str = "") -> dict[str, Any]:
-    tag = {"name": name, "message": message, "target": ref, "commit": {"id": ref}, "protected": False}
-    call.project.tags[name] = tag
-    return tag
-
-
-@route("GET", "/projects/:id/repository/tags/:tag")
-def get_tag(call: Call) -> Any:
-    if call["tag"] not in call.project.tags:
-        raise not_found("Tag")
-    return call.project.tags[call["tag"]]
-
-
 def _file(call: Call) -> tuple[str, bytes]:
     ref = call.get("ref") or call.project.default_branch
     content = call.project.files.get((ref, call["path"]))
@@ -137,51 +133,3 @@ def write_file(call: Call) -> Any:
     )
     call.project.commits.append({"id": secrets.token_hex(20), "message": message, "branch": branch})
     return {"file_path": call["path"], "branch": branch}
-
-
-RELEASES = "/projects/:id/releases"
-
-
-@route("GET", RELEASES, job_token=True)
-def list_releases(call: Call) -> Any:
-    return paged(call, list(call.project.releases.values())[::-1], f"/projects/{call.project.id}/releases")
-
-
-@route("POST", RELEASES, job_token=True)
-def create_release(call: Call) -> Any:
-    """409 if there is one. Makes the tag from `ref` where it is missing; 422 if that is missing too."""
-    [tag] = call.require("tag_name")
-    if tag in call.project.releases:
-        raise ApiError(409, "Release already exists")
-    if tag not in call.project.tags:
-        if call.get("ref") is None:
-            raise ApiError(422, "Ref is not specified")
-        _add_tag(call, tag, call.get("ref"))
-    links = [{"id": call.state.new_id(), "link_type": "other", **link} for link in _links(call)]
-    release = {
-        "tag_name": tag,
-        "name": call.get("name") or tag,
-        "description": call.get("description", ""),
-        "created_at": now(),
-        "released_at": now(),
-        "commit": call.project.tags[tag]["commit"],
-        "assets": {"count": len(links), "links": links},
-        "_links": {"self": f"{call.project_url}/-/releases/{tag}"},
-    }
-    call.project.releases[tag] = release
-    return release
-
-
-def _links(call: Call) -> list[dict[str, Any]]:
-    links = (call.get("assets") or {}).get("links", [])
-    for link in links:
-        if not link.get("name") or not link.get("url"):
-            raise ApiError(400, {"error": "assets[links][name] or assets[links][url] is missing"})
-    return list(links)
-
-
-@route("GET", f"{RELEASES}/:tag", job_token=True)
-def get_release(call: Call) -> Any:
-    if call["tag"] not in call.project.releases:
-        raise not_found()
-    return call.project.releases[call["tag"]]

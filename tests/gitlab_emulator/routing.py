@@ -93,8 +93,9 @@ class Router:
         self.routes: list[Route] = []
 
     def __call__(self, method: str, path: str, job_token: bool = False, public: bool = False) -> Any:
-        """Decorator for a handler of `method` `path`, in which `:name` is one segment."""
+        """Decorator for a handler of `method` `path`, in which `:name` is one segment and `*name` all the rest."""
         pattern = re.sub(r":(\w+)", r"(?P<\1>[^/]+)", path)
+        pattern = re.sub(r"\*(\w+)", r"(?P<\1>.+)", pattern)
 
         def register(handler: Handler) -> Handler:
             self.routes.append(Route(method, re.compile(pattern), handler, job_token, public))

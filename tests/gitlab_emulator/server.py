@@ -17,6 +17,7 @@ import uvicorn
 
 from tests.gitlab_emulator.app import App
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
+from tests.gitlab_emulator.git import prepare, sync
 from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, State, User
 
 REVIEWER = User(2, "bob", "Bob")
@@ -74,6 +75,21 @@ class GitLabEmulator:
 
     def add_note(self, iid: int, body: str, author: User = REVIEWER, system: bool = False) -> Note:
         return self.state.add_note(self.project.merge_requests[iid], body, author, system)
+
+    def add_repository(self, folder: Path) -> str:
+        """Keep the project's code in a bare repository at `folder`, made where there is none; its address."""
+        prepare(self.project, folder)
+        return f"{self.url}/{self.project.path}.git"
+
+    def add_pipeline(
+        self, iid: int = 3, jobs: dict[str, dict[str, bytes]] | None = None, status: str = "success"
+    ) -> dict[str, Any]:
+        """A pipeline of the merge request's head that has ended; `jobs` are the artifacts of each, by path."""
+        with self.state.lock:
+            sync(self.project)
+            sha = self.project.merge_requests[iid].sha
+            ref = f"refs/merge-requests/{iid}/head"
+            return self.state.add_pipeline(self.project, ref, sha, status, "merge_request_event", jobs or {})
 
     def fail_next(
         self,
@@ -177,4 +193,6 @@ def _plain(node: Any) -> Any:
         }
     if isinstance(node, list):
         return [_plain(item) for item in node]
+    if isinstance(node, Path):
+        return str(node)
     return base64.b64encode(node).decode() if isinstance(node, bytes) else node

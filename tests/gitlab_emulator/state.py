@@ -8,9 +8,11 @@ import secrets
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
-Scope = Literal["api", "read_api", "job"]
+Scope = Literal["api", "read_api", "write_repository", "job"]
+MergeMethod = Literal["merge", "ff"]
 Json = dict[str, Any]
 
 
@@ -27,7 +29,7 @@ class User:
 
 @dataclass(frozen=True)
 class Token:
-    """Scope `api` or `read_api` of a project access token, or a CI_JOB_TOKEN ("job")."""
+    """Scope `api`, `read_api` or `write_repository` of a project access token, or a CI_JOB_TOKEN ("job")."""
 
     value: str
     user: User
@@ -61,7 +63,34 @@ class MergeRequest:
     draft: bool = False
     labels: list[str] = field(default_factory=list)
     created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
+    merged_at: str | None = None
+    merge_commit_sha: str | None = None
+    squash_commit_sha: str | None = None
+    commits: list[str] = field(
+        default_factory=list
+    )  # hashes, those of its diff's versions; kept after the merge
     notes: dict[int, Note] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    id: int
+    name: str
+    status: str  # success, failed, …
+    artifacts: dict[str, bytes] = field(default_factory=dict)  # by path
+    trace: str = ""  # its log
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a push by HTTP did to one branch or tag; `before` or `after` is all zeros for a new or deleted one."""
+
+    ref: str
+    before: str
+    after: str
+    username: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +106,11 @@ class Project:
     id: int
     path: str  # with namespace: g/proj
     default_branch: str = "main"
+    repository: Path | None = None  # bare; tags, commits and merges are git's own where there is one
+    merge_method: MergeMethod = "merge"
+    protected: dict[str, int] = field(default_factory=lambda: {"main": 40})  # branches: level that may push
+    job_token_may_push: bool = False  # the project setting "Allow Git push requests to the repository"
+    pushes: list[Push] = field(default_factory=list)
     trigger_token: str = field(default_factory=lambda: f"glptt-{secrets.token_hex(20)}")
     merge_requests: dict[int, MergeRequest] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)  # by secret
@@ -87,7 +121,8 @@ class Project:
     releases: dict[str, Json] = field(default_factory=dict)  # by tag name
     files: dict[tuple[str, str], bytes] = field(default_factory=dict)  # by branch and path
     commits: list[Json] = field(default_factory=list)
-    pipelines: list[Json] = field(default_factory=list)
+    pipelines: list[Json] = field(default_factory=list)  # oldest first
+    jobs: dict[int, list[Job]] = field(default_factory=dict)  # by the pipeline's id
     registry: dict[int, Json] = field(default_factory=dict)  # repositories, each with its tags
     packages: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)  # by name and version
 
@@ -154,6 +189,34 @@ class State:
             merge_request = MergeRequest(self.new_id(), iid, author=author, **(defaults | fields))
             project.merge_requests[iid] = merge_request
             return merge_request
+
+    def add_pipeline(
+        self,
+        project: Project,
+        ref: str,
+        sha: str,
+        status: str,
+        source: str,
+        jobs: dict[str, dict[str, bytes]],
+    ) -> Json:
+        """`jobs`: the artifacts of each by path; all of them ended with the pipeline's status."""
+        with self.lock:
+            pipeline_id = self.new_id()
+            pipeline = {
+                "id": pipeline_id,
+                "iid": len(project.pipelines) + 1,
+                "project_id": project.id,
+                "ref": ref,
+                "sha": sha,
+                "status": status,
+                "source": source,
+                "created_at": now(),
+                "updated_at": now(),
+            }
+            project.pipelines.append(pipeline)
+            ended = [Job(self.new_id(), name, status, dict(files)) for name, files in jobs.items()]
+            project.jobs[pipeline_id] = ended
+            return pipeline
 
     def add_note(self, merge_request: MergeRequest, body: str, author: User, system: bool = False) -> Note:
         with self.lock:

@@ -1,6 +1,6 @@
 """Objects as the JSON that GitLab answers with; field names from doc/api/*.md."""
 
-from tests.gitlab_emulator.state import Json, MergeRequest, Note, Project, User
+from tests.gitlab_emulator.state import Job, Json, MergeRequest, Note, Project, User
 
 
 def user_json(user: User, base_url: str) -> Json:
@@ -38,17 +38,36 @@ def merge_request_json(merge_request: MergeRequest, project: Project, base_url: 
         "description": merge_request.description,
         "state": merge_request.state,
         "created_at": merge_request.created_at,
+        "updated_at": merge_request.updated_at,
+        "merged_at": merge_request.merged_at,
         "source_branch": merge_request.source_branch,
         "target_branch": merge_request.target_branch,
         "source_project_id": merge_request.source_project_id,
         "target_project_id": project.id,
         "sha": merge_request.sha,
+        "merge_commit_sha": merge_request.merge_commit_sha,
+        "squash_commit_sha": merge_request.squash_commit_sha,
         "author": user_json(merge_request.author, base_url),
         "draft": merge_request.draft,
         "labels": merge_request.labels,
         "detailed_merge_status": "mergeable",
         "user_notes_count": sum(not note.system for note in merge_request.notes.values()),
         "web_url": f"{base_url}/{project.path}/-/merge_requests/{merge_request.iid}",
+    }
+
+
+def job_json(job: Job, pipeline: Json, project: Project, base_url: str) -> Json:
+    archive = {"file_type": "archive", "size": 1, "filename": "artifacts.zip", "file_format": "zip"}
+    return {
+        "id": job.id,
+        "name": job.name,
+        "status": job.status,
+        **({"failure_reason": "script_failure"} if job.status == "failed" else {}),
+        "ref": pipeline["ref"],
+        "tag": False,
+        "pipeline": {"id": pipeline["id"], "ref": pipeline["ref"], "status": pipeline["status"]},
+        "artifacts": [archive] if job.artifacts else [],
+        "web_url": f"{base_url}/{project.path}/-/jobs/{job.id}",
     }
 
 

@@ -22,14 +22,6 @@ PIPELINE = Path("dvc.yaml")
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors", "mlflow", "dvc")
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 5}} to {"train.epochs": 5}. A list is a value."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
-
-
 def short_names(values: dict[str, Any]) -> dict[str, Any]:
     """The same by the last part of the key alone, where only one key ends so: learning_rate for train.learning_rate."""
     last = [key.rsplit(".", 1)[-1] for key in values]

@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from ml import files, git
 from ml.errors import UserError, exit_on_user_error
-from ml.lock import LOCK
+from ml.lock import LOCK, flat
 from ml.params import PARAMS_FILE, parse_params, plain, read_yaml
 from ml.settings import Settings, load_settings
 from ml.tracking import metadata, runs, sender
@@ -41,7 +41,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 def resolve(overrides: dict[str, str], tree: dict[str, Any]) -> dict[str, Any]:
     """Values by dotted key of params.yaml. Raises UserError that names every unknown key and every bad value."""
-    known = metadata.flat(tree)
+    known = flat(tree)
     short = {key.rsplit(".", 1)[-1]: key for key in known}
     unique = metadata.short_names(known)
     found, unknown = {}, []

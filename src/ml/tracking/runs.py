@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from ml import files
 from ml.errors import UserError
+from ml.lock import flat
 from ml.params import Params
 from ml.settings import Settings
 from ml.tracking import metadata
@@ -114,7 +115,7 @@ class Recorder:
     @harmless
     def record_params(self) -> None:
         assert self.journal is not None
-        values = metadata.flat(self.params.model_dump(mode="json"))
+        values = flat(self.params.model_dump(mode="json"))
         short = metadata.short_names(values)
         self.journal.append(params=values | short)
         # MLflow compares params as texts only; so that its filters can ask for > and <, these are metrics too.

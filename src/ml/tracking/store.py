@@ -22,10 +22,10 @@ from pydantic import ValidationError
 from ml import files
 from ml.bundle import Experiment
 from ml.errors import UserError
+from ml.lock import flat
 from ml.settings import Settings
 from ml.tracking.client import experiment_id
 from ml.tracking.lifecycle import STAGES, Action, Entry, Move, State, replay
-from ml.tracking.metadata import flat
 
 METRICS_FILE = "trace/metrics.json"
 MANIFEST = "trace/manifest.json"

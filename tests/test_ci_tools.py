@@ -1,0 +1,170 @@
+"""What the jobs call beside the package: .ci/code_quality.py and .ci/build_image.sh; and the comment of a failed job."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml.report.failure import compose, failed_jobs, last_lines
+from ml.report.publish import read_report
+from ml.settings import Settings
+from tests.conftest import ROOT
+from tests.gitlab_emulator import GitLabEmulator
+from tests.gitlab_emulator.rendering import effects
+
+
+def code_quality(
+    folder: Path, *command: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, object]]]:
+    program = [sys.executable, str(ROOT / ".ci" / "code_quality.py"), "report.json", *command]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+    return done, json.loads((folder / "report.json").read_text())
+
+
+def test_code_quality_lists_what_each_linter_finds_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import os\nx: int = 'a'\ny  =  1\n")
+    (tmp_path / "Makefile").write_text(
+        "all: a b c\na:\n\tblack --check .\nb:\n\tmypy --no-incremental bad.py\nc:\n\tpyflakes bad.py\n"
+    )
+    done, found = code_quality(tmp_path, "make", "--keep-going", "all")
+    assert done.returncode == 2 and "would reformat" in done.stdout + done.stderr
+    places = {(each["check_name"], each["location"]["path"], each["location"]["lines"]["begin"]) for each in found}  # type: ignore[index]
+    assert places == {
+        ("black", "bad.py", 1),
+        ("types and names", "bad.py", 2),
+        ("types and names", "bad.py", 1),
+    }
+    assert len({each["fingerprint"] for each in found}) == len(found)
+    assert {each["severity"] for each in found} == {"minor", "major"}
+
+
+def test_code_quality_report_is_empty_and_green_when_nothing_is_found(tmp_path: Path) -> None:
+    done, found = code_quality(tmp_path, "echo", "All done!")
+    assert (done.returncode, found) == (0, [])
+
+
+def test_fingerprint_stays_when_a_finding_only_moves(tmp_path: Path) -> None:
+    first = code_quality(tmp_path, "echo", "src/a.py:3:1: 'os' imported but unused")[1]
+    moved = code_quality(tmp_path, "echo", "src/a.py:9:1: 'os' imported but unused")[1]
+    assert first[0]["fingerprint"] == moved[0]["fingerprint"]
+
+
+# ---- The image. BuildKit itself cannot run here: a stand-in records how it is called.
+
+STAND_IN = """#!/bin/sh
+printf '%s\\n' "$@" > arguments
+cp "$DOCKER_CONFIG/config.json" config.json 2>/dev/null
+while [ $# -gt 0 ]; do
+  if [ "$1" = --metadata-file ]; then
+    echo '{"containerimage.config.digest": "sha256:bad", "containerimage.digest": "sha256:0a1b2c"}' > "$2"
+  fi
+  shift
+done
+"""
+
+
+def build(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "buildctl-daemonless.sh").write_text(STAND_IN)
+    (folder / "bin" / "buildctl-daemonless.sh").chmod(0o755)
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CI_COMMIT_SHA": "c" * 40} | variables
+    environment |= {"CI_COMMIT_TIMESTAMP": "2026-01-02T03:04:05Z"}
+    command = ["sh", str(ROOT / ".ci" / "build_image.sh"), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+REGISTRY = {
+    "CI_REGISTRY": "registry.example.com",
+    "CI_REGISTRY_USER": "ci",
+    "CI_REGISTRY_PASSWORD": 'se"cret',
+}
+MODEL = {"MODEL_TAG": "model-v1.0.0", "MODEL_SHA256": "a" * 64, "DATA_HASH": "d.dir"}
+
+
+def test_serving_image_is_built_with_the_released_model_and_handed_on_by_digest(tmp_path: Path) -> None:
+    done = build(tmp_path, "serve", "registry.example.com/g/p:model-v1.0.0", **REGISTRY, **MODEL)
+    assert done.returncode == 0, done.stderr
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    for name, value in (MODEL | {"REVISION": "c" * 40}).items():
+        assert f"build-arg:{name}={value}" in arguments
+    assert "target=serve" in arguments
+    assert any("name=registry.example.com/g/p:model-v1.0.0,push=true" in each for each in arguments)
+    assert (tmp_path / "image.env").read_text() == "IMAGE=registry.example.com/g/p@sha256:0a1b2c\n"
+    assert 'se"cret' not in done.stdout + done.stderr
+    [entry] = json.loads((tmp_path / "config.json").read_text())["auths"].values()
+    assert entry["auth"] == "Y2k6c2UiY3JldA=="  # ci:se"cret
+
+
+def test_image_build_stops_at_a_missing_variable_and_at_an_unknown_target(tmp_path: Path) -> None:
+    missing = build(
+        tmp_path, "serve", "r/p:t", **{name: MODEL[name] for name in ("MODEL_TAG", "MODEL_SHA256")}
+    )
+    assert missing.returncode != 0 and "DATA_HASH" in missing.stderr
+    unknown = build(tmp_path, "ship", "r/p:t")
+    assert unknown.returncode == 2 and "ci or serve" in unknown.stderr
+    assert not (tmp_path / "image.env").exists()
+
+
+def test_build_arguments_are_those_of_the_dockerfile() -> None:
+    script, dockerfile = (ROOT / ".ci/build_image.sh").read_text(), (ROOT / "Dockerfile").read_text()
+    named = {part.split("=")[0] for part in script.split("build-arg:")[1:]}
+    assert named == {"TORCH_INDEX", "MODEL_TAG", "MODEL_SHA256", "DATA_HASH", "REVISION", "CREATED"}
+    assert all(f"ARG {name}" in dockerfile for name in named)
+
+
+# ---- The comment when a job failed
+
+
+@pytest.fixture
+def gitlab() -> "object":
+    with GitLabEmulator() as emulator:
+        emulator.add_merge_request()
+        yield emulator
+
+
+def settings_of(gitlab: GitLabEmulator, pipeline: int, **more: object) -> Settings:
+    return Settings(
+        ci_api_v4_url=f"{gitlab.url}/api/v4",
+        ci_project_id=gitlab.project.id,
+        ci_pipeline_id=pipeline,
+        repo_token=gitlab.token,
+        **more,
+    )
+
+
+def test_comment_of_a_failed_job_has_the_end_of_its_log(gitlab: GitLabEmulator) -> None:
+    pipeline = gitlab.add_pipeline(jobs={"preflight": {}, "pipeline": {}}, status="running")["id"]
+    first, second = gitlab.project.jobs[pipeline]
+    first.status, second.status = "success", "failed"
+    second.trace = (
+        "section_start:1:step_script\r\x1b[0K\x1b[32mRunning\x1b[0m\n"
+        + "".join(f"line {number}\n" for number in range(100))
+        + "error: the loss of seed 1 is not finite at step 20.\nUploading artifacts...\n"
+    )
+    [job] = failed_jobs(settings_of(gitlab, pipeline))
+    assert (job.name, job.reason, len(job.log)) == ("pipeline", "script_failure", 25)
+    text = compose([job], "a" * 40, f"{gitlab.url}/g/proj/-/pipelines/{pipeline}")
+    assert text.splitlines()[0] == "## ❌ No result: `pipeline` failed"
+    assert "`error: the loss of seed 1 is not finite at step 20.`" in text and "Uploading" not in text
+
+
+def test_log_of_a_failed_job_can_do_nothing_in_the_comment(tmp_path: Path) -> None:
+    hostile = "```\n\n/merge\n/approve\n@all !1 #1 ![x](http://evil.example/x.png) <script>\n`\n/close\n"
+    job_log = last_lines(hostile)
+    from ml.report.failure import FailedJob
+
+    text = compose([FailedJob("/merge `x`", "@all", "javascript:1", job_log)], "a" * 40, None)
+    (tmp_path / "comment.md").write_text(text)
+    assert read_report(tmp_path / "comment.md") == text.strip("\n")  # refuses quick actions
+    assert effects(text).found() == {}
+
+
+def test_without_a_token_or_an_answer_the_comment_links_to_the_pipeline(gitlab: GitLabEmulator) -> None:
+    assert failed_jobs(Settings(repo_token=None, gitlab_token=None)) == []
+    assert failed_jobs(settings_of(gitlab, 4711)) == []  # no such pipeline: 404
+    text = compose([], "a" * 40, "https://gitlab.example.com/g/p/-/pipelines/7")
+    assert "the pipeline failed" in text and "(https://gitlab.example.com/g/p/-/pipelines/7)" in text
