@@ -346,14 +346,11 @@ def deliver_until_sent(journal: Journal, client: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lost_answers_lose_and_double_nothing(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_lost_answers_lose_and_double_nothing(server: str, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     experiment = f"lossy-{seed}"
     with lossy_proxy(server, lambda method, path: draw.random() < 0.4) as address:
         journal = make_journal(tmp_path, address, experiment)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         deliver_until_sent(journal, connect(address))
     assert_whole(connect(server), experiment)
 
