@@ -37,7 +37,7 @@ def test_irises_are_read_in_millimetres_with_a_third_of_each_species_for_the_tes
     dataset = read_dataset(tmp_path / "data", "iris.csv")
     assert dataset.train.class_names.tolist() == ["setosa", "versicolor", "virginica"]
     assert FLOWER in np.concatenate([dataset.train.images, dataset.test.images])[:, 0].tolist()
-    assert (len(dataset.train), len(dataset.test)) == (98, 52)
+    assert (len(dataset.train), len(dataset.test)) == (99, 51)
     assert not set(dataset.train.ids.tolist()) & set(dataset.test.ids.tolist())
 
 
