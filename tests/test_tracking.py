@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,21 @@ def test_curve_grows_during_training_and_a_killed_training_goes_on_in_its_run(
     for seed in (0, 1):
         assert steps(client, run, f"train_loss_seed_{seed}") == list(range(10, 1401, 10))
     assert steps(client, run, "train_loss") == list(range(10, 1401, 10))
+
+
+def test_killed_training_is_told_though_its_lock_goes_after_its_last_word(tmp_path: Path) -> None:
+    journal = Journal.create(
+        tmp_path, tracking_uri="http://127.0.0.1:9", experiment="dying", name="run", fingerprint=""
+    )
+    with ExitStack() as dying:
+        assert dying.enter_context(only_one(journal.folder / "alive"))
+        sender.mark_dead(journal)
+        assert journal.status == "RUNNING"
+        timer = threading.Timer(0.3, dying.close)
+        timer.start()
+        sender.mark_dead(journal, patience=20)
+        timer.join()
+    assert journal.status == "KILLED"
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:

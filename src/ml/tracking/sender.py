@@ -31,6 +31,7 @@ ATTEMPTS, BETWEEN_ATTEMPTS = (
     3,
     0.5,
 )  # of a flush for each run, and of a sender when the training is over; seconds
+DYING = 2.0  # seconds that a killed training may still hold its lock
 LAST_ATTEMPT = 120  # seconds; the stage itself waits less, and a killed one not at all
 KEY_TAG = "tracking_key"
 MODEL = "model"  # the logged model's name
@@ -225,12 +226,20 @@ def repeated(attempt: Callable[[], bool]) -> bool:
     return attempt()
 
 
-def mark_dead(journal: Journal) -> None:
-    """Note that a training was killed that can no longer say so itself."""
-    if journal.status == "RUNNING":
+def mark_dead(journal: Journal, patience: float = 0.0) -> None:
+    """Note that a training was killed that can no longer say so itself.
+
+    Args:
+        patience: seconds to wait for its lock: a dying process ends our input a moment before it frees that.
+    """
+    until = time.monotonic() + patience
+    while journal.status == "RUNNING":
         with only_one(journal.folder / "alive") as dead:
             if dead:
                 journal.append(status="KILLED", time=now())
+        if dead or time.monotonic() >= until:
+            return
+        time.sleep(0.05)
 
 
 def flush(root: Path, skip: Path | None = None, to: str | None = None) -> tuple[int, list[str]]:
@@ -302,7 +311,7 @@ def watch(journal: Journal, sender: Sender) -> int:
         if over:
             signal.alarm(LAST_ATTEMPT)
             system.sample(0)
-            mark_dead(journal)
+            mark_dead(journal, DYING)
         sent = False
         for _ in range(ATTEMPTS if over else 1):
             try:
