@@ -251,7 +251,8 @@ def test_missing_receipt_stops(project: ReleaseProject) -> None:
     alter(project, "reports/receipt.json", lambda _: b"")
     project.merge(4)
     with nothing_released(project):
-        project.release(fails="the job pipeline of .*merge_requests/4 left no reports/receipt.json")
+        message = project.release(fails="the job pipeline of .*merge_requests/4 left no reports/receipt.json")
+    assert "Traceback" not in message and project.tags() == ["model-v1.0.0"]
 
 
 def test_receipt_of_another_model_stops(project: ReleaseProject) -> None:
@@ -269,14 +270,16 @@ def test_lock_that_is_not_the_receipts_stops(project: ReleaseProject) -> None:
     alter(project, "dvc.lock", lambda content: content.replace(b"size: ", b"size: 1"))
     project.merge(4)
     with nothing_released(project):
-        project.release(fails="neither the job's artifacts nor the\\s+commit holds")
+        message = project.release(fails="neither the job's artifacts nor the\\s+commit holds")
+    assert "dvc.lock" in message and project.tags() == ["model-v1.0.0"]
 
 
 def test_damaged_receipt_stops(project: ReleaseProject) -> None:
     alter(project, "reports/receipt.json", lambda content: content[:100])
     project.merge(4)
     with nothing_released(project):
-        project.release(fails="the receipt of !4 is not a receipt")
+        message = project.release(fails="the receipt of !4 is not a receipt")
+    assert "Run the merge request's pipeline again" in message and project.tags() == ["model-v1.0.0"]
 
 
 def test_outputs_that_were_swapped_on_the_remote_stop(project: ReleaseProject) -> None:
@@ -335,12 +338,14 @@ def test_commit_that_comes_after_a_later_release_stops(project: ReleaseProject) 
     project.merge(5)
     project.release()
     with nothing_released(project):
-        project.release(older, fails="comes too late")
+        message = project.release(older, fails="comes too late")
+    assert "model-v1.0.1" in message and project.tags() == ["model-v1.0.0", "model-v1.0.1"]
 
 
 def test_commit_outside_the_default_branch_stops(project: ReleaseProject) -> None:
     with nothing_released(project):
-        project.release(project.origin("rev-parse", "branch-4"), fails="is not in main")
+        message = project.release(project.origin("rev-parse", "branch-4"), fails="is not in main")
+    assert project.origin("rev-parse", "branch-4")[:8] in message and project.tags() == ["model-v1.0.0"]
 
 
 def test_changed_file_stops(project: ReleaseProject) -> None:
@@ -349,6 +354,7 @@ def test_changed_file_stops(project: ReleaseProject) -> None:
     (folder / "src/train.py").write_text("changed")
     with nothing_released(project):
         project.release(folder=folder, fails="`git status` lists them")
+    assert (folder / "src/train.py").read_text() == "changed" and project.tags() == ["model-v1.0.0"]
 
 
 # ---- Fewer rights

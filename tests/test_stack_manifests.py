@@ -226,8 +226,11 @@ def test_kustomize_pods_have_limits_and_as_few_rights_as_can_be(deploy: Path, ov
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_objects_follow_the_schemas_of_kubernetes(deploy: Path, overlay: str) -> None:
     schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for each in built(deploy, overlay):
-        schemas.validate(each, "1.32", strict=True)
+    objects = built(deploy, overlay)
+    assert all(schemas.validate(each, "1.32", strict=True) for each in objects)
+    objects[0]["metadata"]["nmae"] = "a slip"
+    with pytest.raises(schemas.ValidationError, match="nmae"):
+        schemas.validate(objects[0], "1.32", strict=True)
 
 
 def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
