@@ -13,15 +13,7 @@ from ml.errors import UserError
 from ml.release import lock_gate, provenance, receipt
 from tests.dvc_project import Project
 
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> History:
-    return reliability.make_history(tmp_path_factory.mktemp("gate") / "history")
-
-
-@pytest.fixture
-def history(released: History, tmp_path: Path) -> History:
-    return released.copy(tmp_path)
+pytest_plugins = ["tests.history_fixtures"]
 
 
 # More of them, by `python -m benchmarks.reliability_dvc histories`: docs/remotes.md.

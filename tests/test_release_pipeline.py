@@ -17,21 +17,12 @@ from ml.release import clean, pipeline, provenance
 from ml.settings import Settings
 from tests.dvc_project import OUTPUTS, Project, executed
 
+pytest_plugins = ["tests.history_fixtures"]
 JOB = {
     "CI_MERGE_REQUEST_IID": "7",
     "CI_JOB_ID": "11",
     "CI_JOB_URL": "https://gitlab.example/g/p/-/jobs/11",
 }
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> History:
-    return reliability.make_history(tmp_path_factory.mktemp("pipeline") / "history")
-
-
-@pytest.fixture
-def history(released: History, tmp_path: Path) -> History:
-    return released.copy(tmp_path)
 
 
 def job(history: History, folder: Path, **environment: str) -> Project:
@@ -78,13 +69,19 @@ def test_forged_lock_entry_is_run_instead_of_restored(history: History, tmp_path
     assert executed(output) == ["evaluate"] and "no remote has the record of such a run" in output
 
 
+def trained_longer(history: History, folder: Path) -> Project:
+    """The job of a merge request that asks for more epochs; it has run."""
+    history.project.set_param("train.epochs", 5)
+    history.project.commit("more epochs")
+    project = job(history, folder)
+    project.ml("pipeline")
+    return project
+
+
 @pytest.mark.slow
 def test_poisoned_run_record_is_not_restored(history: History, tmp_path: Path) -> None:
     """The attacker's record is the only one for what the merge request asks, on the remote that it writes to."""
-    history.project.set_param("train.epochs", 5)
-    history.project.commit("more epochs")
-    first = job(history, tmp_path / "first")
-    first.ml("pipeline")
+    first = trained_longer(history, tmp_path / "first")
     right = provenance.read_entries(first.folder / "dvc.lock")["train"]
     prefix = history.store / "merge-requests/7"
     poison = json.loads(json.dumps(right))
@@ -99,10 +96,7 @@ def test_poisoned_run_record_is_not_restored(history: History, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_damaged_output_on_the_remote_is_made_anew_and_replaced(history: History, tmp_path: Path) -> None:
-    history.project.set_param("train.epochs", 5)
-    history.project.commit("more epochs")
-    first = job(history, tmp_path / "first")
-    first.ml("pipeline")
+    first = trained_longer(history, tmp_path / "first")
     md5 = provenance.read_entries(first.folder / "dvc.lock")["train"]["outs"][0]["md5"]
     stored = history.store / "merge-requests/7/files/md5" / md5[:2] / md5[2:]
     content = stored.read_bytes()
