@@ -5,15 +5,15 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import ConfigDict, Field, SecretStr, ValidationError
 
 from ml.errors import UserError
-from ml.validation import bad_environment
+from ml.validation import Environment, Holds, bad_environment
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class ServeSettings(BaseModel):
+class ServeSettings(Environment):
     """Each field is the environment variable of the same name in capitals; an empty variable counts as unset."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -23,7 +23,9 @@ class ServeSettings(BaseModel):
     workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes
     model_store: str = "models"  # a folder | git+PATH_OR_URL | mlflow+http(s)://HOST
     model_tag: str | None = None  # the model at start; the store's newest where it is unset
-    serve_token: SecretStr | None = None  # of the routes that change the model; unset: they are refused
+    serve_token: Annotated[SecretStr | None, Holds("token")] = (
+        None  # of the routes that change the model; unset: they are refused
+    )
     serve_state: Path | None = None  # folder of the pointer and of downloaded models; unset: a temporary one
     serve_max_body: Positive = 10 * 2**20  # bytes of a request
     serve_max_pixels: Positive = 16 * 2**20  # of one image
@@ -36,7 +38,7 @@ class ServeSettings(BaseModel):
     mlflow_model_name: str = "ml"
     mlflow_tracking_username: str | None = None
     mlflow_tracking_password: SecretStr | None = None
-    mlflow_tracking_token: SecretStr | None = None
+    mlflow_tracking_token: Annotated[SecretStr | None, Holds("token")] = None
     otel_exporter_otlp_endpoint: str | None = None
 
     @property
@@ -46,7 +48,7 @@ class ServeSettings(BaseModel):
 
 def load_settings() -> ServeSettings:
     """Read the environment. Raises UserError that names each bad variable, never a value: it may be a secret."""
-    values = {name: os.environ.get(name.upper(), "").strip() for name in ServeSettings.model_fields}
+    values = {name: os.environ.get(name.upper(), "") for name in ServeSettings.model_fields}
     try:
         settings = ServeSettings.model_validate({name: value for name, value in values.items() if value})
     except ValidationError as error:
