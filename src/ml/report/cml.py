@@ -30,6 +30,7 @@ class Cml:
     commit: str
     repo: str
     target: Target
+    ca_file: Path | None  # of this GitLab, where a private CA has signed it
 
     @property
     def watermark(self) -> str:
@@ -72,13 +73,18 @@ class Cml:
         """This process's environment without what turns CML to another host or sets its flags."""
         foreign = ("CML_", "GITHUB_", "BITBUCKET_", "GIT_", "repo_token")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        return kept | {
-            "REPO_TOKEN": self.target.token,
-            "CI_COMMIT_SHA": self.commit,
-            "NODE_OPTIONS": "--no-experimental-fetch",
-            "ITERATIVE_DO_NOT_TRACK": "1",
-            "GIT_CONFIG_GLOBAL": str(Path(folder, "gitconfig")),  # CML adds to the global one
-        }
+        trust = {"NODE_EXTRA_CA_CERTS": str(self.ca_file)} if self.ca_file else {}
+        return (
+            kept
+            | trust
+            | {
+                "REPO_TOKEN": self.target.token,
+                "CI_COMMIT_SHA": self.commit,
+                "NODE_OPTIONS": "--no-experimental-fetch",
+                "ITERATIVE_DO_NOT_TRACK": "1",
+                "GIT_CONFIG_GLOBAL": str(Path(folder, "gitconfig")),  # CML adds to the global one
+            }
+        )
 
 
 def find_cml(settings: Settings, target: Target, project_url: str) -> Cml | None:
@@ -87,4 +93,4 @@ def find_cml(settings: Settings, target: Target, project_url: str) -> Cml | None
     if command is None or settings.ci_commit_sha is None:
         return None
     repo = settings.ci_merge_request_project_url or project_url
-    return Cml(command, settings.ci_commit_sha, repo, target)
+    return Cml(command, settings.ci_commit_sha, repo, target, settings.ci_server_tls_ca_file)

@@ -1,12 +1,15 @@
 """The notes of a merge request through python-gitlab: find, create, edit, delete, upload, all before one deadline."""
 
 import math
+import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import gitlab
@@ -15,7 +18,9 @@ from gitlab.const import RETRYABLE_TRANSIENT_ERROR_CODES
 from gitlab.exceptions import GitlabError
 from gitlab.v4.objects import ProjectMergeRequest, ProjectMergeRequestNote
 from requests.adapters import HTTPAdapter
+from urllib3 import ProxyManager
 from urllib3.filepost import encode_multipart_formdata
+from urllib3.util.ssl_ import create_urllib3_context
 
 from ml.errors import UserError
 from ml.report.note import is_marked
@@ -63,22 +68,41 @@ class PatientAdapter(HTTPAdapter):
     """Sends requests until a deadline that all of them share.
 
     python-gitlab retries connection errors, 429 and 5xx, waiting as long as Retry-After says, in seconds only and
-    without a bound. This adapter turns a date into seconds and gives up where the wait would pass the deadline.
+    without a bound. This adapter turns a date into seconds and gives up where the wait would pass the deadline, and
+    at once where a certificate is not trusted, which no waiting changes.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, ca_file: Path | None = None) -> None:
+        """Raises UserError when `ca_file`, to be trusted beside the usual authorities, cannot be read."""
+        self.ca_file = ca_file
         super().__init__()
         self.deadline = time.monotonic() + seconds
         self.asked_to_wait: int | None = None  # s, by the latest answer
 
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options | self.trust())
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> ProxyManager:
+        manager: ProxyManager = super().proxy_manager_for(proxy, **options | self.trust())
+        return manager
+
+    def trust(self) -> dict[str, Any]:
+        return {"ssl_context": trusting(self.ca_file)} if self.ca_file else {}
+
     def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
-        """Raises UserError when the deadline has passed, or will have before GitLab may be asked again."""
+        """Raises UserError for a certificate, and when the deadline has passed or will before GitLab may be asked."""
         left = self.seconds_left()
         if left <= 0:
             raise UserError(
                 f"GitLab gave no lasting answer in time (last tried: {request.url}). Run the job again."
             )
-        response = super().send(request, *args, **options | {"timeout": min(ATTEMPT_SECONDS, left)})
+        try:
+            response = super().send(request, *args, **options | {"timeout": min(ATTEMPT_SECONDS, left)})
+        except requests.exceptions.SSLError as error:
+            # one that was cut off may succeed next time
+            if "EOF" in str(error):
+                raise
+            raise untrusted(request.url or "", str(error)) from None
         # python-gitlab would wait for this one without a bound as well.
         response.headers.pop("RateLimit-Reset", None)
         asked = response.headers.get("Retry-After")
@@ -98,6 +122,47 @@ class PatientAdapter(HTTPAdapter):
         return self.deadline - time.monotonic()
 
 
+class PatientSession(requests.Session):
+    """Sends all its requests through one `PatientAdapter`."""
+
+    def __init__(self, adapter: PatientAdapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+
+
+def session(settings: Settings, seconds: float) -> PatientSession:
+    """For all requests to GitLab's API. Raises UserError when CI_SERVER_TLS_CA_FILE cannot be read."""
+    return PatientSession(PatientAdapter(seconds, settings.ci_server_tls_ca_file))
+
+
+def trusting(ca_file: Path) -> ssl.SSLContext:
+    """What requests trusts, and the authorities in `ca_file`, of which the last one need not be a root.
+
+    The runner puts the chain of GitLab's certificate there, as far as it knows it.
+    """
+    context = create_urllib3_context()  # for each connection requests adds the authorities that it trusts
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(ca_file)
+    except OSError as error:
+        raise UserError(
+            f"CI_SERVER_TLS_CA_FILE names {ca_file}, which cannot be used: {error.strerror or error}. The runner sets "
+            "it; name a file of PEM certificates, or unset it."
+        ) from None
+    return context
+
+
+def untrusted(url: str, said: str) -> UserError:
+    why = re.search(r"certificate verify failed: [^()\[\]\"']+", said)
+    return UserError(
+        f"{url} has no certificate that is trusted here ({why[0].strip() if why else said:.300}). Check the address; "
+        "behind a private CA set CI_SERVER_TLS_CA_FILE to its certificate (a variable of type File), or `tls-ca-file` "
+        "in the runner's config.toml, which sets it for every job."
+    )
+
+
 def seconds_to_wait(retry_after: str) -> int:
     """Seconds from now, at least 0, of a Retry-After header: a number or a date in GMT; 1 for what is neither."""
     if retry_after.isdecimal():
@@ -112,9 +177,8 @@ def seconds_to_wait(retry_after: str) -> int:
 class Notes:
     """The notes of one merge request, as the token's own user may see and write them."""
 
-    def __init__(self, target: Target, session: requests.Session, adapter: PatientAdapter) -> None:
-        """`session` sends its requests through `adapter`."""
-        self.adapter = adapter
+    def __init__(self, target: Target, session: PatientSession) -> None:
+        self.adapter = session.adapter
         self.client = gitlab.Gitlab(
             target.base_url,
             private_token=target.token,

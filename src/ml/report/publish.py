@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import requests
 from gitlab.v4.objects import ProjectMergeRequestNote
 
 from ml.errors import UserError, exit_on_user_error
 from ml.report.attachments import COMMENT, manifest_path, read_manifest, read_picture, upload_pictures
 from ml.report.cml import Cml, find_cml
-from ml.report.gitlab_notes import Notes, PatientAdapter, explained_errors, find_target
+from ml.report.gitlab_notes import Notes, PatientAdapter, explained_errors, find_target, session
 from ml.report.note import (
     NOTE_LIMIT,
     REPORT_LIMIT,
@@ -56,11 +55,8 @@ def publish(
     target = find_target(settings)
     if isinstance(target, str):
         return f"Wrote only the file, as {target}."
-    adapter = PatientAdapter(seconds)
-    with explained_errors(target), requests.Session() as session:
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        notes = Notes(target, session, adapter)
+    with explained_errors(target), session(settings, seconds) as opened:
+        notes = Notes(target, opened)
         report = upload_pictures(report.strip("\n"), pictures, notes.upload)
         run = Run(
             pipeline=settings.ci_pipeline_id or 0,
@@ -70,7 +66,7 @@ def publish(
             verdict=verdict_of(report),
         )
         cml = find_cml(settings, target, notes.project_url)
-        return converge(Content(report, (run,)), notes, cml, adapter, settle_seconds)
+        return converge(Content(report, (run,)), notes, cml, opened.adapter, settle_seconds)
 
 
 def converge(
