@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ml import files, plots
 from ml.errors import UserError, exit_on_user_error
 from ml.files import Predictions
-from ml.params import ReportParams, load_params
+from ml.params import ReportParams, load_judge_params
 from ml import git
 from ml.report import pictures, result, statistics
 from ml.report.baseline import (
@@ -320,7 +320,8 @@ def run(revision: str, baseline_costs: Path | None, margin: float | None = None)
 
     Raises UserError when the working folder has no valid results, or `revision` is no commit.
     """
-    params, bins = load_params().report, load_params().evaluate.calibration_bins
+    loaded = load_judge_params()
+    params, bins = loaded.report, loaded.evaluate.calibration_bins
     candidate = load_candidate()
     with own_results():
         intervals = candidate_intervals(candidate.side)
