@@ -73,12 +73,14 @@ def get_job(call: Call) -> Any:
 @route("GET", "/projects/:id/jobs/:job_id/trace")
 def get_trace(call: Call) -> Any:
     job, _ = _find_job(call)
-    return Response(as_sent(job.trace, call.state.runner, job.status), media_type="text/plain")
+    # what a runner sent to the emulator is as it sent it
+    log = job.trace if job.plan else as_sent(job.trace, call.state.runner, job.status)
+    return Response(log, media_type="text/plain")
 
 
 @route("GET", "/projects/:id/jobs/:job_id/artifacts")
 def get_archive(call: Call) -> Any:
-    return _archive(_find_job(call)[0])
+    return archived(_find_job(call)[0])
 
 
 @route("GET", "/projects/:id/jobs/:job_id/artifacts/*path")
@@ -88,7 +90,7 @@ def get_artifact(call: Call) -> Any:
 
 @route("GET", "/projects/:id/jobs/artifacts/*ref/download")
 def get_latest_archive(call: Call) -> Any:
-    return _archive(_latest(call))
+    return archived(_latest(call))
 
 
 @route("GET", "/projects/:id/jobs/artifacts/*ref/raw/*path")
@@ -96,7 +98,8 @@ def get_latest_artifact(call: Call) -> Any:
     return _file(_latest(call), call["path"])
 
 
-def _archive(job: Job) -> Response:
+def archived(job: Job) -> Response:
+    """All of its artifacts. Raises ApiError 404 where none is left."""
     if not job.kept:
         raise not_found()
     packed = io.BytesIO()
