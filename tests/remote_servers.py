@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.drive_emulator.server import emulated_drive
 from tests.ports import free_port
 
 Environment = dict[str, str]
@@ -173,10 +174,22 @@ def http(folder: Path) -> Iterator[Environment]:
         web.shutdown()
 
 
+@contextmanager
+def gdrive(folder: Path) -> Iterator[Environment]:
+    """An emulated Shared Drive behind a company's proxy; neither the folder store nor one above it is there."""
+    with emulated_drive(folder) as (drive, environment):
+        (folder / "key.json").write_text(json.dumps(drive.service_account("runner")))
+        yield environment | {
+            "DVC_REMOTE_URL": f"gdrive://{drive.shared_drive(runner='fileOrganizer')}/team/store",
+            "GDRIVE_SERVICE_ACCOUNT_FILE": str(folder / "key.json"),
+        }
+
+
 SERVERS: dict[str, Callable[[Path], "contextmanager[Environment]"]] = {  # type: ignore[type-arg]
     "local": local,
     "s3": s3,
     "ssh": ssh,
     "webdav": webdav,
     "http": http,
+    "gdrive": gdrive,
 }
