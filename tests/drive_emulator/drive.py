@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -136,6 +136,9 @@ class GoogleDrive:
         self.page_size = 1000  # at most; Drive may give less than asked for
         self.token_seconds = 3600.0
         self.keeps_half = False  # of the first part of each upload, as Drive may
+        self.before: Callable[[str], None] = (
+            lambda method: None
+        )  # called with each request's method, to hold it up
 
     # what somebody does in Google's consoles ------------------------------------------------------------------------
 
@@ -195,16 +198,19 @@ class GoogleDrive:
         """The next requests, all of them or those of one method, are refused."""
         self.faults.append(Fault(reason, times, method))
 
-    def tree(self, folder: str) -> dict[str, list[bytes]]:
-        """What lies below a folder by path, trash left out; several contents where several files have one path."""
-        found: dict[str, list[bytes]] = {}
-        for file in self.files.values():
-            path, up = file.title, file
-            while up.parents and up.parents[0] != folder:
-                up = self.files[up.parents[0]]
-                path = f"{up.title}/{path}"
-            if up.parents and file.content is not None and not self.in_trash(file):
-                found.setdefault(path, []).append(file.content)
+    def children(self, folder: str, title: str | None = None) -> list[File]:
+        """What lies in a folder and not in the trash, by title."""
+        found = [file for file in self.files.values() if folder in file.parents and not self.in_trash(file)]
+        return sorted((file for file in found if title in (None, file.title)), key=lambda file: file.title)
+
+    def tree(self, folder: str) -> dict[str, list[bytes | None]]:
+        """What lies below a folder by path, trash left out; the contents of all that have one path, None of a folder."""
+        found: dict[str, list[bytes | None]] = {}
+        for file in self.children(folder):
+            found.setdefault(file.title, []).append(file.content)
+            if file.mime == FOLDER:
+                for path, contents in self.tree(file.id).items():
+                    found.setdefault(f"{file.title}/{path}", []).extend(contents)
         return found
 
     # tokens ---------------------------------------------------------------------------------------------------------
@@ -272,6 +278,7 @@ class GoogleDrive:
                 if fault.times > 0 and fault.method in (None, method):
                     fault.times -= 1
                     raise DriveError.known(fault.reason)
+        self.before(method)
         return grant.email
 
     # who may do what ------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ class Tunnel(BaseHTTPRequestHandler):
             self.answer(200, b"", Location=location)
         elif kind == "multipart":
             head = f"Content-Type: {self.headers.get('Content-Type', '')}\r\n\r\n".encode()
-            parts = list(BytesParser(policy=policy.HTTP).parsebytes(head + body).iter_parts())  # type: ignore[attr-defined]
+            parts = list(BytesParser(policy=policy.HTTP).parsebytes(head + body).iter_parts())
             if len(parts) != 2:
                 raise DriveError(400, "badRequest", "Malformed multipart body.")
             metadata, content = (part.get_payload(decode=True) for part in parts)
