@@ -248,7 +248,8 @@ KEY = {"type": "service_account", "client_email": "a@b", "client_id": "1", "priv
         ("", "Not set: GDRIVE_SERVICE_ACCOUNT_FILE, or GDRIVE_CREDENTIALS_DATA"),
         ("hidden-word", "GDRIVE_CREDENTIALS_DATA is no JSON object"),
         ('["hidden-word"]', "GDRIVE_CREDENTIALS_DATA is no JSON object"),
-        ("/builds/team/GDRIVE_CREDENTIALS_DATA", "is no JSON object"),  # of type File
+        ("/builds/team/hidden-word", "GDRIVE_CREDENTIALS_DATA: holds the path of a file"),
+        ('{\n"private_key": "hidden-word"}', "GDRIVE_CREDENTIALS_DATA: has a line break"),
         ('{"type": "authorized_user", "private_key": "hidden-word"}', "is not of type service_account"),
         (json.dumps(KEY | {"private_key_id": "hidden-word"}), "has no private_key"),
         (json.dumps(KEY | {"private_key": ""}), "has no private_key"),
@@ -268,4 +269,4 @@ def test_key_that_is_none_is_refused_by_name_and_not_shown(
 
 def test_key_in_a_variable_works_as_one_in_a_file_does(team: Team) -> None:
     path = Path(team.environment.pop("GDRIVE_SERVICE_ACCOUNT_FILE"))
-    team.preflight(GDRIVE_CREDENTIALS_DATA=path.read_text())
+    team.preflight(GDRIVE_CREDENTIALS_DATA=json.dumps(json.loads(path.read_text())))

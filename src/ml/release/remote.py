@@ -87,10 +87,6 @@ def kind_of(url: str, variable: str = "DVC_REMOTE_URL") -> str:
     Raises:
         UserError: the URL is none, or holds what belongs elsewhere. The message never repeats a password.
     """
-    if url != url.strip() or not url.isprintable():
-        raise UserError(
-            f"{variable} begins or ends with a blank, or holds a line break or an invisible character. Enter it anew."
-        )
     try:
         parts = urlsplit(url)
         port = parts.port
