@@ -195,6 +195,20 @@ def test_service_account_without_a_shared_drive_is_told_to_use_one(team: Team) -
     assert "has to be a folder of a Shared Drive that the account is a Content manager of" in said
 
 
+def test_push_that_google_refuses_in_the_middle_tells_the_remedy(team: Team) -> None:
+    team.preflight()
+    team.google.fail("teamDriveFileLimitExceeded", 10**6, "insert")
+    program = """
+from ml.errors import exit_on_user_error
+from ml.release.push import push
+from ml.settings import load_settings
+exit_on_user_error(lambda: push("main", load_settings()))
+"""
+    said = team.project.run(sys.executable, "-c", program, fails=True, **team.environment)
+    assert "failed for" in said and "of 13 objects" in said and "Traceback" not in said
+    assert "as many files as Google allows: delete folders of closed merge requests" in said
+
+
 @pytest.mark.parametrize("role", ["contributor", "viewer"])
 def test_member_of_too_low_a_role_is_told_which_it_needs(team: Team, role: str) -> None:
     said = team.preflight(fails=True, **team.key(role))

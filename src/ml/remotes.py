@@ -37,9 +37,9 @@ DRIVE_REMEDIES = {
     "teamDriveFileLimitExceeded": "The Shared Drive holds as many files as Google allows: delete folders of closed merge "
     "requests below merge-requests/, or take another Drive",
     "accessNotConfigured": "Enable the Google Drive API in the Google Cloud project of the service account",
-    "ateLimitExceeded": "Google takes no more requests of this project for the moment, and 16 tries did not help: run the "
+    "rateLimitExceeded": "Google takes no more requests of this project for the moment, and 16 tries did not help: run the "
     "job again in some minutes, or ask for a higher quota in Google Cloud",
-    "ermissions": "Make the service account a Content manager of the Shared Drive",
+    "permissions": "Make the service account a Content manager of the Shared Drive",
     "invalid_grant": "Google does not know this key of the service account: it was deleted, or this machine's clock is "
     "wrong. Make a new key",
     "notFound": "FOLDER_ID in DVC_REMOTE_URL is wrong, or the Shared Drive does not have the service account's address "
@@ -212,7 +212,7 @@ def remedy_of(kind: str, said: str) -> str | None:
         )
     if kind != "gdrive":
         return None
-    return next((remedy for word, remedy in DRIVE_REMEDIES.items() if word in said), None)
+    return next((remedy for word, remedy in DRIVE_REMEDIES.items() if word.lower() in said.lower()), None)
 
 
 def places(repo: Repo) -> list[Place]:

@@ -52,6 +52,11 @@ REASONS = {
         "usageLimits",
         "Access Not Configured. Google Drive API has not been used in project 1 before or it is disabled.",
     ),
+    "teamDriveFileLimitExceeded": (
+        403,
+        "global",
+        "The file limit for this shared drive has been exceeded.",
+    ),
     "backendError": (503, "global", "Backend Error"),
 }
 
