@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.drive_emulator.server import emulated_drive
 from tests.ports import free_port
 
 Environment = dict[str, str]
 PASSWORD = 'p,a#s"s %w0rd'  # what a configuration file might stumble over
+TOKEN = PASSWORD.replace(" ", "")
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def http(folder: Path) -> Iterator[Environment]:
             self.wfile.write(content)
 
         def allowed(self) -> bool:
-            if self.headers.get("Authorization") == f"Bearer {PASSWORD}":
+            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
                 return True
             self.answer(401)
             return False
@@ -168,9 +170,29 @@ def http(folder: Path) -> Iterator[Environment]:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         yield {
             "DVC_REMOTE_URL": f"http://127.0.0.1:{web.server_port}/store",
-            "DVC_REMOTE_TOKEN": PASSWORD,
+            "DVC_REMOTE_TOKEN": TOKEN,
         }
         web.shutdown()
+
+
+@contextmanager
+def gdrive(folder: Path) -> Iterator[Environment]:
+    """An emulated Shared Drive behind a company's proxy; neither the folder store nor the one above it is there.
+
+    Afterwards its files lie below drive, for the test to judge: at most one of each name.
+    """
+    with emulated_drive(folder) as (google, environment):
+        drive = google.shared_drive(runner="fileOrganizer")
+        (folder / "key.json").write_text(json.dumps(google.service_account("runner")))
+        yield environment | {
+            "DVC_REMOTE_URL": f"gdrive://{drive}/team/store",
+            "GDRIVE_SERVICE_ACCOUNT_FILE": str(folder / "key.json"),
+        }
+        for path, contents in google.tree(drive).items():
+            (content,) = contents
+            if content is not None:
+                (folder / "drive" / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / "drive" / path).write_bytes(content)
 
 
 SERVERS: dict[str, Callable[[Path], "contextmanager[Environment]"]] = {  # type: ignore[type-arg]
@@ -179,4 +201,5 @@ SERVERS: dict[str, Callable[[Path], "contextmanager[Environment]"]] = {  # type:
     "ssh": ssh,
     "webdav": webdav,
     "http": http,
+    "gdrive": gdrive,
 }

@@ -80,6 +80,35 @@ def test_every_package_that_is_needed_and_installed_is_pinned_at_its_version() -
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("dvc-gdrive", "pydrive2.fs"),
+        ("dvc-s3", "s3fs"),
+        ("dvc-gs", "gcsfs"),
+        ("dvc-azure", "adlfs"),
+        ("dvc-ssh", "sshfs"),
+        ("dvc-webdav", "webdav4.fsspec"),
+        ("dvc-http", "aiohttp_retry"),
+    ],
+)
+def test_client_of_each_remote_can_be_imported_under_the_pins(package: str, module: str) -> None:
+    """pip resolves what cannot be imported too: dvc imports these where the remote is used, and no sooner."""
+    if installed(package)[0] is None:
+        pytest.skip(f"{package} is not installed")
+    needed, todo, pinned = set(), [package], pins()
+    while todo:
+        name = canonicalize_name(todo.pop())
+        version, requirements = installed(name)
+        if name not in needed and version is not None and name not in WITHOUT_PIN:
+            needed.add(name)
+            assert pinned[name].specifier.contains(version, prereleases=True), f"{version} of {name}"
+            todo += [each.name for each in requirements if each.marker is None or each.marker.evaluate()]
+    program = f"import {package.replace('-', '_')}, {module}"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_constraints_are_exact_versions_from_the_package_index_one_line_each() -> None:
     lines = [
         line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")

@@ -2,9 +2,12 @@
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from ml.errors import UserError
 from ml.release import preflight, remote
 from ml.remotes import Place
 from ml.settings import load_settings
+from tests.drive_emulator.server import authority
 from tests.remote_servers import SERVERS
 
 
@@ -106,6 +110,49 @@ def test_bytes_that_come_back_otherwise_are_refused(
     monkeypatch.setattr(Place, "read", lambda place, path: b"<html>Please log in</html>")
     with pytest.raises(UserError, match="other bytes came back"):
         preflight.check(load_settings())
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "variable"),
+    [
+        ("https://HOST/store", "", "SSL_CERT_FILE"),
+        ("webdavs://HOST/store", "", "SSL_CERT_FILE"),
+        ("s3://bucket/store", "https://HOST", "AWS_CA_BUNDLE"),
+    ],
+)
+def test_certificate_of_an_unknown_authority_is_called_one_with_the_variable_that_helps(
+    checkout: Path, tmp_path: Path, url: str, endpoint: str, variable: str
+) -> None:
+    ca_file, chain_file = authority(tmp_path, ("127.0.0.1",))
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_PROPFIND = do_MKCOL = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain_file)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *client: None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        environment = {
+            "DVC_REMOTE_URL": url.replace("HOST", host),
+            "DVC_REMOTE_ENDPOINT_URL": endpoint.replace("HOST", host),
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }
+        done = run_preflight(**environment)
+        assert done.returncode == 1 and "certificate is signed by no authority" in done.stderr, done.stderr
+        assert f"a variable of type *File* named {variable}" in done.stderr and "Traceback" not in done.stderr
+        done = run_preflight(**environment, **{variable: str(ca_file)})
+        assert "certificate" not in done.stderr  # the server itself refuses
+        server.shutdown()
 
 
 def test_host_that_never_answers_ends_the_command_in_time(checkout: Path) -> None:

@@ -1,6 +1,7 @@
 """The job's DVC remote: configured from the environment, and pushed to and pulled from over real servers."""
 
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -13,7 +14,7 @@ from ml import remotes
 from ml.errors import UserError
 from ml.lock import read_lock
 from ml.release import remote
-from ml.settings import load_settings
+from ml.settings import CREDENTIAL_FILES, CREDENTIALS, Settings, load_settings
 from tests.dvc_project import Project, make_project
 from tests.conftest import ROOT
 from tests.remote_servers import SERVERS
@@ -37,7 +38,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Where the server keeps its files, below its folder; moto keeps them in memory.
-STORES = {"local": "store", "ssh": "store", "webdav": "dav/store", "http": "web/store"}
+STORES = {
+    "local": "store",
+    "ssh": "store",
+    "webdav": "dav/store",
+    "http": "web/store",
+    "gdrive": "drive/team/store",
+}
 
 
 def stored(place: Path) -> set[str]:
@@ -140,7 +147,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str,
         ("ssh://user:hidden-word@host/x", "holds a password"),
         ("https://host:hidden-word/x", "host or port makes no sense"),
         ("s3://bucket/../x", "`..` in its path"),
-        ("s3://bucket/a b", "white space"),
+        ("s3://bucket/a b", "has a blank in it"),
         ("gs://bucket/x", r"package dvc-gs is missing. Run `pip install -c constraints.txt '\.\[gs\]'`"),
         ("azure://box/x", "package dvc-azure is missing"),
     ],
@@ -149,10 +156,33 @@ def test_bad_url_is_an_error_that_names_the_remedy_and_hides_secrets(
     empty: Path, monkeypatch: pytest.MonkeyPatch, url: str, problem: str
 ) -> None:
     monkeypatch.setenv("DVC_REMOTE_URL", url)
+    for package in ("dvc_gs", "dvc_azure"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(UserError, match=problem) as error:
         remote.configure(load_settings())
     assert "hidden-word" not in str(error.value)
     assert not remote.CONFIG.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["DVC_REMOTE_URL", "DVC_MERGE_REQUEST_REMOTE_URL", "DVC_REMOTE_ENDPOINT_URL"]
+)
+@pytest.mark.parametrize("wrong", [" {}", "{} ", "{}\n", "{}\u200b", "\ufeff{}", "{}\r\n", "{}/a\tb"])
+@pytest.mark.parametrize("address", ["/srv/hidden-word", "https://hidden-word/x"])
+def test_address_with_a_blank_around_it_or_an_invisible_character_makes_no_other_folder(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: str, address: str
+) -> None:
+    monkeypatch.setenv("DVC_REMOTE_URL", "/srv/dvc")
+    monkeypatch.setenv(name, wrong.format(address))
+    with pytest.raises(UserError, match=f"{name}: ") as error:
+        remote.configure(load_settings(), merge_request=7)
+    assert "hidden-word" not in str(error.value) and not remote.CONFIG.exists()
+
+
+def test_every_variable_of_a_kind_is_checked_for_what_cannot_be_seen() -> None:
+    names = {name for kind in remote.KINDS.values() for names in kind.credentials for name in names}
+    known = {name.upper() for name in Settings.model_fields} | {*CREDENTIALS, *CREDENTIAL_FILES}
+    assert names <= known
 
 
 def test_main_is_configured_with_verification_and_a_merge_request_has_a_prefix_of_its_own(
@@ -180,7 +210,8 @@ def test_google_drive_is_configured_for_a_service_account(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = empty / "key.json"
-    key.write_text("{}")
+    names = ("client_email", "client_id", "private_key", "private_key_id")
+    key.write_text(json.dumps(dict.fromkeys(names, "x") | {"type": "service_account"}))
     found = configured(
         monkeypatch, DVC_REMOTE_URL="gdrive://0Afolder/dvc", GDRIVE_SERVICE_ACCOUNT_FILE=str(key)
     )
@@ -188,6 +219,7 @@ def test_google_drive_is_configured_for_a_service_account(
         "url": "gdrive://0Afolder/dvc",
         "verify": "true",
         "gdrive_use_service_account": "true",
+        "gdrive_trash_only": "true",
         "gdrive_service_account_json_file_path": str(key),
     }
     monkeypatch.setenv("GDRIVE_SERVICE_ACCOUNT_FILE", str(empty / "absent.json"))

@@ -5,6 +5,7 @@ through DVC's own file system for it.
 """
 
 import hashlib
+import io
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,36 @@ GONE = (404, 410)
 PIECE = 2**20  # bytes
 
 
+CREDENTIALS = "Check DVC_REMOTE_URL and its credentials"
+# Where each kind's client takes a private authority's certificate from; SSL_CERT_FILE for the others.
+AUTHORITY = {"s3": "AWS_CA_BUNDLE", "gdrive": "HTTPLIB2_CA_CERTS", "azure": "REQUESTS_CA_BUNDLE"}
+# Google's words and what helps; docs/remotes.md says how a Drive is set up.
+DRIVE_REMEDIES = {
+    "storageQuotaExceeded": "A service account has no room of its own: FOLDER_ID in DVC_REMOTE_URL has to be a folder of "
+    "a Shared Drive that the account is a Content manager of",
+    "teamDriveFileLimitExceeded": "The Shared Drive holds as many files as Google allows: delete folders of closed merge "
+    "requests below merge-requests/, or take another Drive",
+    "accessNotConfigured": "Enable the Google Drive API in the Google Cloud project of the service account",
+    "rateLimitExceeded": "Google takes no more requests of this project for the moment, and 16 tries did not help: run the "
+    "job again in some minutes, or ask for a higher quota in Google Cloud",
+    "permissions": "Make the service account a Content manager of the Shared Drive",
+    "invalid_grant": "Google does not know this key of the service account: it was deleted, or this machine's clock is "
+    "wrong. Make a new key",
+    "notFound": "FOLDER_ID in DVC_REMOTE_URL is wrong, or the Shared Drive does not have the service account's address "
+    "among its members: add it as Content manager",
+}
+
+
 class RemoteError(UserError):
-    """A remote that refuses, is down, or is not there: nobody can say what it holds."""
+    """A remote that refuses, is down, or is not there: nobody can say what it holds.
+
+    `said` is what came from the remote; `remedy` is there where the cause is known, without a full stop.
+    """
+
+    def __init__(self, message: str, said: str = "", remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.said = said or message
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,8 @@ class Place:
     def write(self, relative: str, content: bytes) -> None:
         """Raises RemoteError when it is refused."""
         path = self.path(relative)
+        if self.kind == "gdrive":
+            self.remove(relative)  # it would lay a second file of that name beside the first
         try:
             if self.kind == "local":
                 files.write_bytes(Path(path), content)
@@ -83,8 +114,13 @@ class Place:
             raise self.error(f"write {relative}", error) from error
 
     def remove(self, relative: str) -> None:
+        """It has to be there, but for Google Drive, where several files may have one name: all of them go."""
         try:
-            self.remote.fs.rm_file(self.path(relative))
+            if self.kind != "gdrive":
+                self.remote.fs.rm_file(self.path(relative))
+                return
+            while self.remote.fs.exists(self.path(relative)):
+                self.remote.fs.rm_file(self.path(relative))
         except Exception as error:
             raise self.error(f"delete {relative}", error) from error
 
@@ -98,9 +134,8 @@ class Place:
         except Exception as error:
             self.raise_unless_absent(error, folder)
             return []
-        return sorted(
-            name for path in found if not (name := str(path).rstrip("/").split("/")[-1]).endswith(".tmp")
-        )
+        names = {str(path).rstrip("/").split("/")[-1] for path in found}  # Google Drive may have one twice
+        return sorted(name for name in names if not name.endswith(".tmp"))
 
     def sizes(self, md5s: Iterable[str]) -> dict[str, int | None]:
         """Bytes of each object that is there; None where the remote does not say. Nothing is downloaded."""
@@ -147,11 +182,37 @@ class Place:
         return base.parent.exists()
 
     def error(self, doing: str, error: BaseException) -> RemoteError:
-        said = " ".join(str(error).split())[:500]
+        said = in_words(error)
+        remedy = remedy_of(self.kind, said)
         return RemoteError(
-            f"Remote {self.name} ({self.url}) does not {doing}: {type(error).__name__}: {said}.\n"
-            "Check DVC_REMOTE_URL and its credentials (`python -m ml.release.preflight`), then run the job again."
+            f"Remote {self.name} ({self.url}) does not {doing}: {said}.\n"
+            f"{remedy or CREDENTIALS} (`python -m ml.release.preflight` tries it), then run the job again.",
+            said,
+            remedy,
         )
+
+
+def in_words(error: BaseException) -> str:
+    """The error and what is at the bottom of it, where it does not say that itself."""
+    cause = error
+    while (
+        below := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    ) is not None:
+        cause = below
+    lines = [" ".join(f"{type(each).__name__}: {each}".split())[:500] for each in (error, cause)]
+    return lines[0] if cause is error or str(cause) in lines[0] else ": ".join(lines)
+
+
+def remedy_of(kind: str, said: str) -> str | None:
+    """What helps against an error that a remote is known for; None for others."""
+    if "CERTIFICATE_VERIFY_FAILED" in said or "certificate verify failed" in said:
+        return (
+            "The host's certificate is signed by no authority that this machine trusts. Where a private one signs it (or a "
+            f"company's proxy), make its certificate a variable of type *File* named {AUTHORITY.get(kind, 'SSL_CERT_FILE')}"
+        )
+    if kind != "gdrive":
+        return None
+    return next((remedy for word, remedy in DRIVE_REMEDIES.items() if word.lower() in said.lower()), None)
 
 
 def places(repo: Repo) -> list[Place]:
@@ -169,13 +230,22 @@ def named(where: list[Place], name: str) -> Place:
 
 
 def prepare(place: Place, where: list[Place]) -> None:
-    """Make a merge request's folder on WebDAV, which makes none on its own account. Raises RemoteError."""
+    """Make the folder of its URL where the client makes none on its own account. Raises RemoteError.
+
+    WebDAV: a merge request's. Google Drive: any, below the one whose id the URL begins with.
+    """
     main = where[0]
-    if place.kind in ("webdav", "webdavs") and place.url.startswith(f"{main.url}/"):
-        try:
+    try:
+        if place.kind in ("webdav", "webdavs") and place.url.startswith(f"{main.url}/"):
             main.remote.fs.makedirs(place.url.removeprefix(f"{main.url}/"), exist_ok=True)
-        except Exception as error:
-            raise place.error("make its folder", error) from error
+        elif place.kind == "gdrive" and not place.remote.fs.exists(place.remote.path):
+            # a client for a folder that is not there can do nothing; one for the folder above makes all on the way to a file
+            above = place.remote.path.partition("/")[0]
+            fs = type(place.remote.fs)(**place.remote.fs.config | {"url": f"gdrive://{above}"})
+            fs.upload_fobj(io.BytesIO(), place.path("made"))
+            fs.rm_file(place.path("made"))
+    except Exception as error:
+        raise place.error("make its folder", error) from error
 
 
 def open_place(repo: Repo, name: str) -> Place:

@@ -6,6 +6,7 @@ Names the variable that is missing, or the right that is refused. Configures the
 """
 
 import argparse
+import logging
 import os
 import secrets
 import sys
@@ -17,7 +18,7 @@ from dvc.repo import Repo
 
 from ml.errors import UserError, exit_on_user_error
 from ml.release import remote
-from ml.remotes import MAIN, Place, named, places, prepare
+from ml.remotes import CREDENTIALS, MAIN, Place, RemoteError, named, places, prepare, remedy_of
 from ml.settings import Settings, load_settings
 
 T = TypeVar("T")
@@ -65,29 +66,37 @@ def attempt(right: str, place: Place, missing: str | None, action: Callable[[], 
     """Raises UserError that says which right the remote refuses, and which variable may be behind it."""
     try:
         return action()
-    except UserError as error:
-        said = str(error).partition(": ")[2].partition(".\nCheck")[0] or str(error)
-        remedy = (
+    except RemoteError as error:
+        remedy = error.remedy or (
             f"Not set: {missing}. Set it under Settings → CI/CD → Variables"
             if missing
             else f"Give the credentials the right to {right.split()[0]} there, or correct them"
         )
-        if place.name == MAIN and right != "read":
+        if place.name == MAIN and right != "read" and not error.remedy:
             remedy += "; outside merge requests they have to be the ones that may write to the main remote"
         raise UserError(
-            f"This job may not {right} remote {place.name} ({place.url}): {said}.\n"
+            f"This job may not {right} remote {place.name} ({place.url}): {error.said}.\n"
             f"{remedy} (docs/remotes.md has what each kind needs)."
         ) from error
 
 
-def expire(seconds: float) -> NoReturn:
+class LastRetry(logging.Handler):
+    """Why the client of a remote that tries again and again does so: it tells its log alone."""
+
+    said = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said = " ".join(record.getMessage().split())[:500]
+
+
+def expire(seconds: float, last: LastRetry) -> NoReturn:
     """End the process, whatever its threads wait for."""
-    print(
-        f"error: the remote did not answer within {seconds:g} seconds. Check the host in DVC_REMOTE_URL and the "
-        "network of this runner (proxy, firewall), or raise --timeout.",
-        file=sys.stderr,
-        flush=True,
-    )
+    late = f"error: the remote did not answer within {seconds:g} seconds"
+    if last.said:
+        late += f". {last.said}.\n{remedy_of('gdrive', last.said) or CREDENTIALS}, or raise --timeout."
+    else:
+        late += ". Check the host in DVC_REMOTE_URL and the network of this runner (proxy, firewall), or raise --timeout."
+    print(late, file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -99,7 +108,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.timeout <= 0:
         parser.error("--timeout has to be positive")
-    watchdog = threading.Timer(arguments.timeout, expire, [arguments.timeout])
+    last = LastRetry()
+    client = logging.getLogger("pydrive2")
+    client.addHandler(last)
+    client.setLevel(logging.DEBUG)
+    watchdog = threading.Timer(arguments.timeout, expire, [arguments.timeout, last])
     watchdog.daemon = True
     watchdog.start()
     for line in check(load_settings()):

@@ -12,7 +12,7 @@ from ml.release import provenance
 from ml.release.provenance import Entry, StoredObject, key_of, receipt_path, record_path, value_of
 from ml.release.receipt import StageReceipt, StageRecord, parse_stage, stage_receipt
 from ml.release.restore import fetch
-from ml.remotes import Place, RemoteError, named, places, prepare
+from ml.remotes import Place, RemoteError, in_words, named, places, prepare, remedy_of
 from ml.settings import Settings
 
 
@@ -86,7 +86,7 @@ def push_outs(
             [each.md5 for each in todo],
             check_exists=False,
             verify=False,
-            on_error=lambda md5, error: failed.append(f"{type(error).__name__}: {error}"),
+            on_error=lambda md5, error: failed.append(in_words(error)),
         )
     except Exception as error:  # each kind of remote raises its own
         raise target.error("take an object", error) from error
@@ -95,8 +95,8 @@ def push_outs(
         said = "; ".join([*failed, *map(str, lost)][:5])
         raise RemoteError(
             f"The push to remote {target.name} ({target.url}) failed for {max(len(failed), len(lost))} of "
-            f"{len(todo)} objects: {said}.\nCheck its credentials and room "
-            "(`python -m ml.release.preflight`), then run the job again."
+            f"{len(todo)} objects: {said}.\n{remedy_of(target.kind, said) or 'Check its credentials and room'} "
+            "(`python -m ml.release.preflight` tries it), then run the job again."
         )
     return len(todo)
 

@@ -8,6 +8,7 @@ docs/remotes.md has the variables of each kind.
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -113,8 +114,8 @@ def kind_of(url: str, variable: str = "DVC_REMOTE_URL") -> str:
         problem = "has no host, bucket, container or folder"
     elif parts.query or parts.fragment:
         problem = "has a query or a fragment"
-    elif any(c.isspace() or not c.isprintable() for c in url):
-        problem = "has white space in it"
+    elif " " in url:
+        problem = "has a blank in it"
     elif ".." in parts.path.split("/"):
         problem = "has `..` in its path"
     elif parts.scheme == "ssh" and parts.path in ("", "/"):
@@ -139,6 +140,12 @@ def check_installed(kind: str) -> None:
         raise UserError(
             f"DVC_REMOTE_URL is a {kind} remote, and the package {name} is missing. "
             f"Run `pip install -c constraints.txt '.[{extra or 'report'}]'` (or `pip install {name}`)."
+        )
+    proxy = next((name for name in ("https_proxy", "HTTPS_PROXY") if os.environ.get(name)), None)
+    if kind == "gdrive" and proxy and importlib.util.find_spec("socks") is None:
+        raise UserError(
+            f"{proxy} is set, and without the package PySocks Google Drive's client goes past a proxy, with no word of it. "
+            "Run `pip install -c constraints.txt '.[gdrive]'` (or `pip install PySocks`)."
         )
 
 
@@ -169,9 +176,19 @@ def options(kind: str, settings: Settings) -> dict[str, str]:
         found["credentialpath"] = str(readable(Path(credentials), "GOOGLE_APPLICATION_CREDENTIALS"))
     if kind == "gdrive":
         found["gdrive_use_service_account"] = "true"
-        if settings.gdrive_service_account_file:
+        # a Content manager of a Shared Drive may delete nothing for good
+        found["gdrive_trash_only"] = "true"
+        if settings.gdrive_credentials_data:  # dvc-gdrive prefers it
+            check_key(settings.gdrive_credentials_data.get_secret_value(), "GDRIVE_CREDENTIALS_DATA")
+        elif settings.gdrive_service_account_file:
             path = readable(settings.gdrive_service_account_file, "GDRIVE_SERVICE_ACCOUNT_FILE")
+            check_key(path.read_text(errors="replace"), "GDRIVE_SERVICE_ACCOUNT_FILE")
             found["gdrive_service_account_json_file_path"] = str(path)
+        else:
+            raise UserError(
+                f"DVC_REMOTE_URL is a gdrive remote. Not set: {missing_credentials(kind)}. Set one under Settings → CI/CD → "
+                "Variables (docs/remotes.md says how to get it)."
+            )
     if kind == "ssh":
         if settings.dvc_remote_key_file:
             found["keyfile"] = str(readable(settings.dvc_remote_key_file, "DVC_REMOTE_KEY_FILE"))
@@ -202,6 +219,28 @@ def options(kind: str, settings: Settings) -> dict[str, str]:
                 "Of DVC_REMOTE_USER and DVC_REMOTE_PASSWORD one is missing: HTTP needs both, or DVC_REMOTE_TOKEN."
             )
     return found
+
+
+def check_key(text: str, variable: str) -> None:
+    """Raises UserError: it is not what Google Cloud gives as a service account's key. The message repeats nothing of it."""
+    try:
+        key = json.loads(text)
+    except ValueError:
+        key = None
+    names = ("client_email", "client_id", "private_key", "private_key_id")
+    absent = [name for name in names if not key.get(name)] if isinstance(key, dict) else []
+    if not isinstance(key, dict):
+        problem = "is no JSON object"
+    elif key.get("type") != "service_account":
+        problem = "is not of type service_account"
+    elif absent:
+        problem = f"has no {', '.join(absent)}"
+    else:
+        return
+    raise UserError(
+        f"{variable} {problem}. It has to be the JSON key of a service account, as Google Cloud offers it for download "
+        "under IAM → Service accounts → Keys."
+    )
 
 
 def readable(path: Path, variable: str) -> Path:
