@@ -4,6 +4,7 @@ import fnmatch
 import json
 import re
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ def matching_rule(
 ) -> dict[str, Any] | None:
     """The first that applies. `changes` holds where one of `changed` matches, and in a pipeline without a push."""
     for rule in rules:
-        unknown = set(rule) - {"if", "when", "changes", "variables", "allow_failure"}
+        unknown = set(rule) - {"if", "when", "changes", "variables", "allow_failure", "auto_cancel"}
         assert not unknown, f"this evaluation does not know {unknown}"
         patterns = rule.get("changes", [])
         hit = not patterns or any(fnmatch.fnmatch(name, pattern) for name in changed for pattern in patterns)
@@ -98,22 +99,104 @@ class Expanded:
             if name not in keywords and not name.startswith(".") and isinstance(job, dict)
         }
 
-    def pipeline(self, variables: dict[str, str], changed: set[str] | None = None) -> dict[str, str]:
-        """The jobs of a pipeline with their `when`; none where `workflow` makes no pipeline. "" counts as unset."""
-        known = {name: value for name, value in variables.items() if value}
+    def known(self, variables: dict[str, str], changed: set[str] | None = None) -> dict[str, str] | None:
+        """The variables of a pipeline, `workflow`'s among them; None where it makes none. "" counts as unset."""
         defaults = self.tree.get("variables", {})
-        for name, value in defaults.items():
-            known.setdefault(name, value["value"] if isinstance(value, dict) else str(value))
+        known = {
+            name: value["value"] if isinstance(value, dict) else str(value)
+            for name, value in defaults.items()
+        }
+        known |= {name: value for name, value in variables.items() if value}
         workflow = matching_rule(self.tree["workflow"]["rules"], known, changed or set())
         if workflow is None or workflow.get("when") == "never":
+            return None
+        return known | workflow.get("variables", {})
+
+    def rules(self, variables: dict[str, str], changed: set[str] | None = None) -> dict[str, dict[str, Any]]:
+        """The rule by which each job is in a pipeline; none where `workflow` makes no pipeline."""
+        known = self.known(variables, changed)
+        if known is None:
             return {}
-        known |= workflow.get("variables", {})
-        jobs = {}
-        for name, job in self.jobs.items():
-            rule = matching_rule(job["rules"], known, changed or set())
-            if rule is not None and rule.get("when", "on_success") != "never":
-                jobs[name] = rule.get("when", "on_success")
-        return jobs
+        rules = {
+            name: matching_rule(job["rules"], known, changed or set()) for name, job in self.jobs.items()
+        }
+        return {
+            name: rule for name, rule in rules.items() if rule is not None and rule.get("when") != "never"
+        }
+
+    def pipeline(self, variables: dict[str, str], changed: set[str] | None = None) -> dict[str, str]:
+        """The jobs of a pipeline with their `when`; none where `workflow` makes no pipeline."""
+        return {name: rule.get("when", "on_success") for name, rule in self.rules(variables, changed).items()}
+
+    def resolve(self, job: str, text: str, variables: dict[str, str], changed: set[str] | None = None) -> str:
+        """`text` with what GitLab and the runner put in for its variables: `variables` before the file's own."""
+        known = self.known(variables, changed)
+        assert known is not None
+        rule = self.rules(variables, changed)[job]
+        given = {name: value for name, value in variables.items() if value}
+        known |= self.jobs[job].get("variables", {}) | rule.get("variables", {}) | given
+        for _ in range(5):  # values name other variables
+            text = re.sub(r"\$(\w+)", lambda match: known.get(match[1], ""), text)
+        return text
+
+    def image(self, job: str, variables: dict[str, str], changed: set[str] | None = None) -> str:
+        return self.resolve(job, self.jobs[job]["image"]["name"], variables, changed)
+
+    def needs(self, job: str) -> list[dict[str, Any]]:
+        return self.jobs[job]["needs"]
+
+    def lost(self, variables: dict[str, str], changed: set[str] | None = None) -> set[str]:
+        """The jobs that a newer commit on the same ref may stop, and those that then do not start.
+
+        By workflow:rules:auto_cancel, else workflow:auto_cancel, else `conservative` (doc/ci/yaml/_index.md,
+        Ci::PipelineCreation::CancelRedundantPipelinesService): `none` stops nothing, `interruptible` the jobs that are,
+        `conservative` all before the first that is not has started.
+        """
+        known = self.known(variables, changed)
+        if known is None:
+            return set()
+        workflow = self.tree["workflow"]
+        rule = matching_rule(workflow["rules"], known, changed or set()) or {}
+        mode = (workflow.get("auto_cancel", {}) | rule.get("auto_cancel", {})).get(
+            "on_new_commit", "conservative"
+        )
+        jobs = self.pipeline(variables, changed)
+        if mode == "none":
+            return set()
+        lost = {name for name in jobs if mode == "conservative" or self.jobs[name].get("interruptible")}
+        while more := {
+            name for name in set(jobs) - lost if lost & {need["job"] for need in self.needs(name)}
+        }:
+            lost |= more
+        return lost
+
+    def ends(self, jobs: dict[str, str], failing: Collection[str]) -> dict[str, str]:
+        """How each of `jobs` ends when those of `failing` fail if they run: success, failed, skipped or manual.
+
+        Ci::PipelineProcessing::AtomicProcessingService and Gitlab::Ci::Status::Composite with `needs`: one that was
+        skipped skips the job, whatever its `when` (gitlab-org/gitlab#388866); else one that failed is a failure.
+        """
+        ends: dict[str, str] = {}
+
+        def end(name: str) -> str:
+            if name in ends:
+                return ends[name]
+            before = {end(need["job"]) for need in self.needs(name) if need["job"] in jobs}
+            together = (
+                "skipped" if before & {"skipped", "manual"} else "failed" if "failed" in before else "success"
+            )
+            wanted = {"on_failure": ["failed"], "always": ["success", "failed", "skipped"]}
+            if together not in wanted.get(jobs[name], ["success"]):
+                ends[name] = "skipped"
+            elif jobs[name] == "manual":
+                ends[name] = "manual"
+            else:
+                ends[name] = "failed" if name in failing else "success"
+            return ends[name]
+
+        for name in jobs:
+            end(name)
+        return ends
 
 
 def repository(folder: Path, source: Path = ROOT, names: tuple[str, ...] = ()) -> Path:
