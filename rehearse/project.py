@@ -55,8 +55,9 @@ class Project:
         self.variables = [
             Variable("DVC_REMOTE_URL", str(self.remote)),
             Variable("REPO_TOKEN", emulator.token, scope="experiment/report"),
-            Variable("RELEASE_TOKEN", self.release_token, scope="release", protected=True),
-            Variable("BUILD_IMAGE", "false"),  # there is no BuildKit here
+            Variable("RELEASE_TOKEN", self.release_token, scope="release/*", protected=True),
+            Variable("BUILD_CI_IMAGE", "false"),  # there is no BuildKit here
+            Variable("BUILD_IMAGE", "false"),
             *(Variable(name, value) for name, value in (extra or {}).items()),
         ]
         self.pipelines = 0
