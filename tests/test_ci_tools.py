@@ -1,7 +1,9 @@
 """What the jobs call beside the package: .ci/code_quality.py and .ci/build_image.sh; and the comment of a failed job."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,7 @@ def test_fingerprint_stays_when_a_finding_only_moves(tmp_path: Path) -> None:
 STAND_IN = """#!/bin/sh
 printf '%s\\n' "$@" > arguments
 cp "$DOCKER_CONFIG/config.json" config.json 2>/dev/null
+cp "${SSL_CERT_FILE:-/dev/null}" trusted.pem
 while [ $# -gt 0 ]; do
   if [ "$1" = --metadata-file ]; then
     echo '{"containerimage.config.digest": "sha256:bad", "containerimage.digest": "sha256:0a1b2c"}' > "$2"
@@ -95,8 +98,64 @@ def test_serving_image_is_built_with_the_released_model_and_handed_on_by_digest(
     assert any("name=registry.example.com/g/p:model-v1.0.0,push=true" in each for each in arguments)
     assert (tmp_path / "image.env").read_text() == "IMAGE=registry.example.com/g/p@sha256:0a1b2c\n"
     assert 'se"cret' not in done.stdout + done.stderr
-    [entry] = json.loads((tmp_path / "config.json").read_text())["auths"].values()
-    assert entry["auth"] == "Y2k6c2UiY3JldA=="  # ci:se"cret
+    assert signed_in(tmp_path) == 'ci:se"cret'
+
+
+def signed_in(folder: Path) -> str:
+    [entry] = json.loads((folder / "config.json").read_text())["auths"].values()
+    return base64.b64decode(entry["auth"]).decode()
+
+
+def caches(folder: Path, kind: str) -> list[str]:
+    """The tags that --import-cache or --export-cache names."""
+    arguments = (folder / "arguments").read_text().splitlines()
+    following = [arguments[at + 1] for at, argument in enumerate(arguments) if argument == f"--{kind}-cache"]
+    return [re.search(r"ref=([^,]+)", value)[1].rpartition(":")[2] for value in following]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("pasted", ["glpat-1", "glpat-1\n", " glpat-1 \r\n"])
+def test_where_the_release_token_is_seen_it_signs_in(tmp_path: Path, pasted: str) -> None:
+    """By the role of whoever merged, a job token could not push a protected image tag."""
+    done = build(tmp_path, "ci", "registry.example.com/g/p/ci:main", **REGISTRY, RELEASE_TOKEN=pasted)
+    assert done.returncode == 0, done.stderr
+    assert signed_in(tmp_path) == "release-token:glpat-1"
+    assert "glpat" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "variables", "read", "written"),
+    [
+        ("ci", {}, ["cache-protected"], ["cache-protected"]),
+        (
+            "ci",
+            {"CI_MERGE_REQUEST_IID": "3"},
+            ["cache-protected", "cache-merge-requests"],
+            ["cache-merge-requests"],
+        ),
+        # between two protected branches, as GitLab 18 may call it
+        (
+            "ci",
+            {"CI_MERGE_REQUEST_IID": "3", "CI_COMMIT_REF_PROTECTED": "true"},
+            ["cache-protected", "cache-merge-requests"],
+            ["cache-merge-requests"],
+        ),
+        ("serve", MODEL, [], []),
+    ],
+)
+def test_no_cache_that_merge_requests_write_is_read_elsewhere_and_production_has_none(
+    tmp_path: Path, target: str, variables: dict[str, str], read: list[str], written: list[str]
+) -> None:
+    done = build(tmp_path, target, "registry.example.com/g/p/ci:some", **REGISTRY, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (caches(tmp_path, "import"), caches(tmp_path, "export")) == (read, written)
+
+
+def test_registry_behind_a_private_authority_is_trusted_beside_the_usual_ones(tmp_path: Path) -> None:
+    (tmp_path / "usual.pem").write_text("usual\n")
+    (tmp_path / "private.pem").write_text("private\n")
+    variables = {"SSL_CERT_FILE": "usual.pem", "CI_SERVER_TLS_CA_FILE": "private.pem"}
+    assert build(tmp_path, "ci", "r/p/ci:main", **variables).returncode == 0
+    assert (tmp_path / "trusted.pem").read_text() == "usual\nprivate\n"
 
 
 def test_image_build_stops_at_a_missing_variable_and_at_an_unknown_target(tmp_path: Path) -> None:
