@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ml.report.failure import compose, failed_jobs, last_lines
 from ml.report.publish import read_report
@@ -209,6 +211,72 @@ def test_comment_of_a_failed_job_has_the_end_of_its_log(gitlab: GitLabEmulator) 
     text = compose([job], "a" * 40, f"{gitlab.url}/g/proj/-/pipelines/{pipeline}")
     assert text.splitlines()[0] == "## ❌ No result: `pipeline` failed"
     assert "`error: the loss of seed 1 is not finite at step 20.`" in text and "Uploading" not in text
+
+
+# By gitlab-runner's timestamper (common/buildlogger/internal), as its documentation describes the form.
+TIME = "2026-01-02T03:04:05.000678Z"
+
+
+def stamped(writes: list[tuple[str, str]]) -> str:
+    """The log of a runner ≥ 18.7 after `writes` of (stream, text): a line ends at a line break, and is cut at a \\r."""
+    log, started, cut = "", dict[str, str](), dict[str, str]()
+    for stream, text in writes:
+        for part in re.findall(r"[^\n]*\n|[^\n]+", text):
+            started[stream] = started.get(stream, "") + part
+            if part.endswith("\n") or "\r" in part:
+                log += f"{TIME} {stream}{cut.pop(stream, ' ')}{started.pop(stream).removesuffix(chr(10))}\n"
+                if not part.endswith("\n"):
+                    cut[stream] = "+"
+    return log + "".join(f"{TIME} {stream}{cut.get(stream, ' ')}{rest}\n" for stream, rest in started.items())
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (f"{TIME} 01E error: no such data\n", ["error: no such data"]),
+        (f"{TIME} 01O \x1b[32mok\x1b[0m\n{TIME} 00O ERROR: Job failed\n", ["ok", "ERROR: Job failed"]),
+        (f"{TIME} 01O 10 %\r\n{TIME} 01O+20 %\r\n{TIME} 01O+done\n", ["done"]),
+        # another stream's line in between
+        (f"{TIME} 01O 10 %\r\n{TIME} 01E warning\n{TIME} 01O+done\n", ["done", "warning"]),
+        (f"{TIME} 00O section_start:1:step_script\r\x1b[0KRunning\n", ["Running"]),
+        (f"{TIME} 00O section_start:1:a\r\x1b[0K\n{TIME} 00O+section_end:2:a\r\x1b[0K\n", []),
+        ("section_start:1:step_script[collapsed=true]\r\x1b[0K\x1b[36mRunning\x1b[0m\n", ["Running"]),
+        # with and without, as when a runner was upgraded, or a program prints another one's log
+        (f"plain\n{TIME} 01O stamped\nplain again\n", ["plain", "stamped", "plain again"]),
+        (f"a\r\n{TIME} 01O windows\r\n", ["a", "windows"]),
+        (f"{TIME} 01O+goes on with nothing\n", ["goes on with nothing"]),
+        (
+            "2026-01-02 is a date\n2026-01-02T03:04:05Z too\n",
+            ["2026-01-02 is a date", "2026-01-02T03:04:05Z too"],
+        ),
+        ("", []),
+    ],
+)
+def test_end_of_a_log_is_what_the_job_said_with_and_without_times(log: str, expected: list[str]) -> None:
+    assert last_lines(log) == expected
+
+
+LINE = st.text(
+    st.characters(codec="utf-8", exclude_characters="\n\x1b", exclude_categories=("Cs",)), max_size=20
+)
+
+
+@given(st.lists(st.tuples(LINE, st.booleans()), max_size=12), st.lists(st.integers(0, 200), max_size=6))
+def test_times_and_cuts_of_the_runner_change_nothing_in_what_is_shown(
+    lines: list[tuple[str, bool]], cuts: list[int]
+) -> None:
+    plain = "".join(f"\x1b[0;m{line}\n" if coloured else f"{line}\n" for line, coloured in lines)
+    edges = [0, *sorted(min(cut, len(plain)) for cut in cuts), len(plain)]
+    writes = [("01O", plain[start:end]) for start, end in zip(edges, edges[1:])]
+    assert last_lines(stamped(writes)) == last_lines(plain)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["00O", "01O", "01E"]), LINE), max_size=12))
+def test_each_stream_of_a_log_keeps_its_own_lines(writes: list[tuple[str, str]]) -> None:
+    stamp = re.compile(r"\d{4}-\d\d-\d\dT")
+    shown = last_lines(stamped([(stream, f"{text}\n") for stream, text in writes]))
+    assert not any(stamp.match(line) for line in shown)
+    assert shown == last_lines("".join(f"{text}\n" for _, text in writes))
 
 
 def test_log_of_a_failed_job_can_do_nothing_in_the_comment(tmp_path: Path) -> None:
