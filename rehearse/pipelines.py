@@ -254,10 +254,10 @@ class _Pipeline:
             given |= self.outcomes[other].dotenv if other in self.outcomes else {}
         environment = job.get("environment") or ""
         environment = environment["name"] if isinstance(environment, dict) else environment
-        environment = Template(given).fill(environment)
-        found = {key: Variable(Template(given).fill(value)) for key, value in given.items()}
-        if environment:
-            found["CI_ENVIRONMENT_NAME"] = Variable(environment)
+        environment = Template(given | self.of_project("*")).fill(environment)
+        given |= {"CI_ENVIRONMENT_NAME": environment} if environment else {}
+        known = given | self.of_project(environment)
+        found = {key: Variable(Template(known).fill(value)) for key, value in given.items()}
         for each in gitlab.visible(self.runner.variables, environment, self.event):
             found[each.name] = Variable(each.value, each.file, each.masked)
         for secret in ("CI_JOB_TOKEN", "CI_REGISTRY_PASSWORD"):

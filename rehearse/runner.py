@@ -70,12 +70,14 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     return kept | ours | dict(more)
 
 
-def preview(checkout: Path, variables: Mapping[str, str], more: Mapping[str, str] | None = None) -> str:
-    """The expanded YAML of the commit in `checkout`; the variables decide what is included.
+def ask(
+    checkout: Path, variables: Mapping[str, str], *arguments: str, more: Mapping[str, str] | None = None
+) -> str:
+    """What gitlab-ci-local prints of the YAML in `checkout`. `more` are environment variables for it, as git's are.
 
-    Raises ValueError with gitlab-ci-local's words where the YAML is wrong.
+    Raises ValueError with its words where the YAML is wrong.
     """
-    command = [str(node()), str(install()), "--home", str(checkout.parent), "--no-color", "--preview"]
+    command = [str(node()), str(install()), "--home", str(checkout.parent), "--no-color", *arguments]
     for name, value in variables.items():
         command += ["--variable", f"{name}={value}"] if value else ["--unset-variable", name]
     done = subprocess.run(
@@ -89,3 +91,8 @@ def preview(checkout: Path, variables: Mapping[str, str], more: Mapping[str, str
     if done.returncode:
         raise ValueError(done.stdout + done.stderr)
     return done.stdout
+
+
+def preview(checkout: Path, variables: Mapping[str, str], more: Mapping[str, str] | None = None) -> str:
+    """The YAML after includes, inputs, extends and !reference, checked against GitLab's schema."""
+    return ask(checkout, variables, "--preview", more=more)
