@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 
 from rehearse import gitlab, runner
 from rehearse.project import ROOT
-from tests.pipeline_yaml import Expanded, evaluate, expand, listed, repository
+from rehearse.rules import evaluate, needs
+from tests.pipeline_yaml import Expanded, expand, listed, repository
 
 NO_SHA = "0" * 40
 REGISTRY = {
@@ -147,7 +148,9 @@ def test_pipeline_has_exactly_the_jobs_of_its_source(ci: Expanded, source: str) 
 
 
 def test_branch_beside_a_merge_request_makes_no_pipeline_whatever_jobs_a_team_adds(ci: Expanded) -> None:
-    added = Expanded(ci.tree | {"theirs": {"script": ["make"], "rules": [{"when": "always"}]}})
+    added = Expanded(
+        ci.tree | {"theirs": {"stage": "lint", "script": ["make"], "rules": [{"when": "always"}]}}
+    )
     made = {source for source, (variables, _) in SOURCES.items() if added.pipeline(variables)}
     assert made == {source for source, (_, jobs) in SOURCES.items() if jobs}
 
@@ -330,7 +333,7 @@ def test_every_merge_builds_the_image_of_the_jobs_whatever_it_changed(ci: Expand
     for changed in (set(), {"src/ml/errors.py"}, set(INPUTS)):
         assert "ci-image-main" in ci.pipeline(PUSH, changed)
     for needed in LINT:
-        assert "ci-image-main" in {need["job"] for need in ci.needs(needed)}
+        assert "ci-image-main" in ci.needed(needed)
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -355,8 +358,8 @@ def test_image_inputs_are_what_the_dockerfile_copies(ci: Expanded) -> None:
 
 
 def test_what_a_deployment_that_is_run_again_takes_does_not_expire(ci: Expanded) -> None:
-    for need in ci.needs("deploy"):
-        assert ci.jobs[need["job"]]["artifacts"]["expire_in"] == "never"
+    for need in ci.needed("deploy"):
+        assert ci.jobs[need]["artifacts"]["expire_in"] == "never"
     for job, entry in ci.jobs.items():
         assert "expire_in" in entry.get("artifacts", {"expire_in": ""}), job
 
@@ -448,8 +451,8 @@ def test_job_that_may_be_absent_is_needed_as_optional(
     """Else GitLab makes no pipeline: "job needs … but it does not exist in the pipeline"."""
     jobs = ci.pipeline(SOURCES[source][0] | switches, changed)
     for job in jobs:
-        for need in ci.needs(job):
-            assert need["job"] in jobs or need["optional"], f"{job} needs {need['job']}"
+        for need in needs(ci.jobs[job]) or []:
+            assert need.job in jobs or need.optional, f"{job} needs {need.job}"
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,7 @@ def restore_torn_lock() -> str | None:
     except FileNotFoundError:
         return None
     except UserError:
-        committed = (
-            git.show("HEAD", LOCK) if git.run_git("rev-parse", "--verify", "--quiet", "HEAD") else None
-        )
+        committed = git.show("HEAD", LOCK) if git.exists("HEAD") else None
         if committed == content:
             return None  # it is the author's: the lock gate names what is wrong with it
         if committed is None:

@@ -69,10 +69,7 @@ class Comparison:
 def find(settings: Settings, name: str, lock: Path | None) -> Origin:
     """Raises UserError when `name` is no revision and no run, or nobody knows what it gave."""
     model = expected_lock = iid = None
-    if (
-        RUN_ID.fullmatch(name)
-        and git.run_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") is None
-    ):
+    if RUN_ID.fullmatch(name) and not git.exists(name):
         from ml.tracking import registry
 
         run = registry.origin_of_run(settings, name)
@@ -90,7 +87,7 @@ def find(settings: Settings, name: str, lock: Path | None) -> Origin:
 def known_commit(revision: str, name: str) -> str:
     try:
         return git.resolve(revision)
-    except UserError:
+    except git.UnknownRevision:
         told = f" (the commit of MLflow run {name})" if revision != name else ""
         raise UserError(
             f"{revision!r}{told} is no commit of this repository, and no id of an MLflow run. "
@@ -99,10 +96,8 @@ def known_commit(revision: str, name: str) -> str:
 
 
 def tag_trailers(name: str) -> dict[str, str]:
-    text = (
-        git.run_git("for-each-ref", "--format=%(contents:trailers:only,unfold)", f"refs/tags/{name}") or b""
-    )
-    pairs = (line.partition(": ") for line in text.decode("utf-8", "replace").splitlines())
+    text = git.ask("for-each-ref", "--format=%(contents:trailers:only,unfold)", f"refs/tags/{name}")
+    pairs = (line.partition(": ") for line in text.splitlines())
     return {key: value for key, _, value in pairs}
 
 

@@ -185,12 +185,12 @@ def main() -> None:
         type=Path,
         help="JSON list of the pictures that the report made, relative to its folder (REPORT.pictures.json)",
     )
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_args(), load_settings()
     report = read_report(arguments.report)
     manifest = arguments.pictures or manifest_path(arguments.report)
     names = read_manifest(manifest) if arguments.pictures or manifest.exists() else []
     pictures = {name: read_picture(arguments.report.parent, name) for name in names}
-    print(publish(report, pictures, load_settings()))
+    print(publish(report, pictures, settings))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def run_experiment(target: str | None, values: dict[str, Any], name: str, settin
 
 
 def experiment_commit(name: str) -> str | None:
-    listed = (git.run_git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or b"").decode()
+    listed = git.ask("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")
     found = [line.split(" ", 1) for line in listed.splitlines()]
     return next((commit for commit, ref in found if ref.endswith(f"/{name}")), None)
 
@@ -143,8 +143,8 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     settings = load_settings()
     values = resolve(parse_overrides(rest), plain(read_yaml(PARAMS_FILE)))
-    if git.run_git("rev-parse", "HEAD") is None:
-        raise UserError("this folder is no git repository with a commit, which `dvc exp run` needs.")
+    if not git.exists("HEAD"):
+        raise UserError("this git repository has no commit yet, which `dvc exp run` needs.")
     if not files.DATA.exists():
         subprocess.run([sys.executable, "-m", "ml.task.dataset", "restore"], check=False)
     name = f"mlflow-{(settings.mlflow_run_id or os.urandom(4).hex())[:8]}"
