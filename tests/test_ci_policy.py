@@ -477,6 +477,8 @@ def test_images_are_built_here_unless_the_team_builds_them_elsewhere(ci: Expande
     for variables, _ in SOURCES.values():
         jobs = set(ci.pipeline(variables | {"BUILD_CI_IMAGE": "false"}, set(INPUTS)))
         assert not {"ci-image", "ci-image-main", "ci-image-failure"} & jobs
+    given = MERGE_REQUEST | {"BUILD_CI_IMAGE": "false"}
+    assert ci.image("lint", given, {"Dockerfile"}).endswith("/ci:main")
 
 
 def test_no_job_waits_for_one_that_is_started_by_hand(ci: Expanded) -> None:
