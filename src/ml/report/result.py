@@ -234,9 +234,7 @@ def load(path: Path = COMPARISON, commit: str | None = None) -> Comparison:
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing. Run `python -m ml.report.compare --baseline REV` first."
-        ) from None
+        raise UserError(f"{path} is missing. Run `python -m ml.report.compare` first.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}). Run `python -m ml.report.compare` again.") from None
     try:
@@ -246,12 +244,12 @@ def load(path: Path = COMPARISON, commit: str | None = None) -> Comparison:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
             f"{path} is not a comparison ({where}: {first['msg']}; {error.error_count()} problems). "
-            "Run `python -m ml.report.compare --baseline REV` again."
+            "Run `python -m ml.report.compare` again."
         ) from None
     made_for = comparison.reproduce.commit
     if commit is not None and commit != made_for:
         raise UserError(
             f"{path} is about commit {made_for:.8}, and this job is about {commit:.8} (CI_COMMIT_SHA). "
-            "Run `python -m ml.report.compare --baseline REV` in this job, or in one of the same pipeline."
+            "Run `python -m ml.report.compare` in this job, or in one of the same pipeline."
         )
     return comparison
