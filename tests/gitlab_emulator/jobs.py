@@ -10,6 +10,7 @@ from tests.gitlab_emulator.paging import paged
 from tests.gitlab_emulator.rights import number
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import Job, Json
+from tests.gitlab_emulator.traces import as_sent
 from tests.gitlab_emulator.views import job_json
 
 
@@ -71,7 +72,8 @@ def get_job(call: Call) -> Any:
 
 @route("GET", "/projects/:id/jobs/:job_id/trace")
 def get_trace(call: Call) -> Any:
-    return Response(_find_job(call)[0].trace, media_type="text/plain")
+    job, _ = _find_job(call)
+    return Response(as_sent(job.trace, call.state.runner, job.status), media_type="text/plain")
 
 
 @route("GET", "/projects/:id/jobs/:job_id/artifacts")

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from tests.gitlab_emulator.jobs import find_pipeline, pipeline_json
 from tests.gitlab_emulator.paging import paged
+from tests.gitlab_emulator.protection import refused_image
 from tests.gitlab_emulator.rights import MAINTAINER
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.starts import start
@@ -98,13 +99,28 @@ def list_registry(call: Call) -> Any:
 
 @route("GET", "/projects/:id/registry/repositories/:repository_id/tags")
 def list_registry_tags(call: Call) -> Any:
-    repository_id = call["repository_id"]
-    known = call.project.registry.get(int(repository_id)) if repository_id.isdecimal() else None
-    if known is None:
-        raise not_found()
-    return paged(
-        call, known["tags"], f"/projects/{call.project.id}/registry/repositories/{repository_id}/tags"
-    )
+    known = _image_repository(call)
+    path = f"/projects/{call.project.id}/registry/repositories/{known['id']}/tags"
+    return paged(call, known["tags"], path)
+
+
+def _image_repository(call: Call) -> Json:
+    for known in call.project.registry.values():
+        if str(known["id"]) == call["repository_id"]:
+            return known
+    raise not_found()
+
+
+@route("DELETE", "/projects/:id/registry/repositories/:repository_id/tags/:name")
+def delete_registry_tag(call: Call) -> Any:
+    known, token = _image_repository(call), call.token
+    assert token is not None
+    if refused_image(call["name"], token.access_level, call.project.protected_container_tags, "delete"):
+        raise ApiError(403, "403 Forbidden")
+    if call["name"] not in [tag["name"] for tag in known["tags"]]:
+        raise not_found("Tag")
+    known["tags"] = [tag for tag in known["tags"] if tag["name"] != call["name"]]
+    return {}
 
 
 PACKAGE = "/projects/:id/packages/generic/:name/:version/:file"

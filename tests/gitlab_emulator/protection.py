@@ -5,7 +5,7 @@ doc/user/packages/container_registry/protected_container_tags.md and Gitlab::Use
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -66,6 +66,12 @@ def may_merge(name: str, level: int, rules: Mapping[str, BranchRule]) -> bool:
 def may_create_tag(name: str, level: int, rules: Mapping[str, TagRule]) -> bool:
     found = rules_of(name, rules)
     return any(allowed(level, rule.create) for rule in found) if found else level >= DEVELOPER
+
+
+def refused_image(tag: str, level: int, rules: Sequence[ContainerTagRule], action: str = "push") -> bool:
+    """Whether a Developer's right to push or delete image tags ends at a protected one; all rules that match count."""
+    needed = [getattr(rule, action) for rule in rules if re.fullmatch(rule.pattern, tag)]
+    return level < max(needed, default=DEVELOPER)
 
 
 def refused_push(

@@ -161,6 +161,7 @@ def _rows() -> dict[tuple[str, str], Right]:
         # ---- packages and images
         ("GET", f"{project}/registry/repositories"): by_job,
         ("GET", f"{project}/registry/repositories/:repository_id/tags"): by_job,
+        ("DELETE", f"{project}/registry/repositories/:repository_id/tags/:name"): develops_by_job,
         ("PUT", package): develops_by_job,
         ("GET", package): by_job,
         ("GET", f"{project}/packages"): by_job,

@@ -18,6 +18,7 @@ import uvicorn
 from tests.gitlab_emulator.app import App
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
 from tests.gitlab_emulator.git import prepare, sync
+from tests.gitlab_emulator.protection import refused_image
 from tests.gitlab_emulator.rights import DEVELOPER, Tier
 from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, State, User
 
@@ -41,10 +42,11 @@ class GitLabEmulator:
         path: str = "g/proj",
         tier: Tier = "free",
         version: str = "18.6",
+        runner: str = "18.7",
         **token_values: str,
     ) -> None:
-        self.tier, self.version = tier, version
-        self.app = App(State(tier, version), Faults())
+        self._kind: dict[str, Any] = {"tier": tier, "version": version, "runner": runner}
+        self.app = App(State(tier, version, runner), Faults())
         self.reset(path, **token_values)
         self._socket = _listening(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
@@ -62,7 +64,7 @@ class GitLabEmulator:
         `token` is a Reporter's with scope `api`, `read_token` one with `read_api`; `job_token` is the CI_JOB_TOKEN of a
         pipeline that a Developer started.
         """
-        self.state = self.app.state = State(self.tier, self.version)
+        self.state = self.app.state = State(**self._kind)
         self.faults = self.app.faults = Faults()
         self.project = self.state.add_project(path, 64)
         self.token = self.state.add_token(self.project, "api", value=token).value
@@ -112,6 +114,33 @@ class GitLabEmulator:
             sha = sha or self.project.merge_requests[iid].sha
             ref = f"refs/merge-requests/{iid}/{kind}"
             return self.state.add_pipeline(self.project, ref, sha, status, "merge_request_event", jobs or {})
+
+    def push_image(self, image: str, token: str) -> None:
+        """Push `g/proj/name:tag` to the project's registry, as `docker push` does with the token.
+
+        Raises PermissionError with the client's words where it, or GitLab's registry, refuses.
+        """
+        repository, _, tag = image.partition(":")
+        if repository != repository.lower():
+            raise PermissionError("invalid reference format: repository name must be lowercase")
+        with self.state.lock:
+            known = self.state.tokens.get(token)
+            rules = self.project.protected_container_tags
+            if (
+                known is None
+                or not known.scopes & {"api", "write_registry", "job"}
+                or not f"{repository}/".startswith(f"{self.project.path.lower()}/")
+                or refused_image(tag, known.access_level, rules)
+            ):
+                raise PermissionError("denied: requested access to the resource is denied")
+            registry = self.project.registry
+            kept = next((found for found in registry.values() if found["path"] == repository), None)
+            if kept is None:
+                name = repository.removeprefix(self.project.path.lower()).strip("/")
+                kept = {"id": self.state.new_id(), "name": name, "path": repository, "tags": []}
+                registry[kept["id"]] = kept
+            location = {"name": tag, "path": image, "location": f"registry.example/{image}"}
+            kept["tags"] = [other for other in kept["tags"] if other["name"] != tag] + [location]
 
     def fail_next(
         self,

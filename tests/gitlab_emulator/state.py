@@ -98,7 +98,8 @@ class Job:
     name: str
     status: str  # success, failed, …
     artifacts: dict[str, bytes] = field(default_factory=dict)  # by path
-    trace: str = ""  # its log
+    trace: str = ""  # what its commands wrote; traces.as_sent makes the log of it
+    failure_reason: str = "script_failure"  # of a failed one
     artifacts_expire_at: datetime | None = None  # with time zone; None: kept
 
     @property
@@ -219,10 +220,12 @@ class QuickAction:
 
 
 class State:
-    def __init__(self, tier: Tier = "free", version: str = "18.6") -> None:
+    """`runner`: the version of gitlab-runner that jobs ran with; newer ones write the time into each line of a log."""
+
+    def __init__(self, tier: Tier = "free", version: str = "18.6", runner: str = "18.7") -> None:
         if tier not in TIERS or number(version) < number(OLDEST):
             raise ValueError(f"no GitLab {version} of tier {tier}: {OLDEST} or newer, {', '.join(TIERS)}")
-        self.tier, self.version = tier, version
+        self.tier, self.version, self.runner = tier, version, runner
         self.lock = threading.RLock()
         self.projects: dict[int, Project] = {}
         self.tokens: dict[str, Token] = {}
