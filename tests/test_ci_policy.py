@@ -419,6 +419,13 @@ def test_jobs_after_a_failure_are_evaluated_as_gitlab_documents_them(
     assert jobs.ends({name: "on_success" for name in "abc"} | {"said": "on_failure"}, failing)["said"] == end
 
 
+def test_no_job_of_a_merge_request_is_given_a_baseline(ci: Expanded) -> None:
+    """The commands know it: in a pipeline of merged results it is another one than the merge request's base."""
+    for job in ci.pipeline(MERGE_REQUEST, set(INPUTS)):
+        assert not any("SHA" in line for line in ci.jobs[job]["script"]), job
+    assert "--since-baseline" in " ".join(ci.jobs["preflight"]["script"])
+
+
 def test_failure_comment_needs_neither_the_remote_nor_history(ci: Expanded) -> None:
     for job in FAILURE:
         assert not any(

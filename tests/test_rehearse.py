@@ -91,7 +91,9 @@ def test_rehearsal_goes_from_the_first_push_to_a_release_and_stops_a_worse_model
         print("\n  in containers:", ", ".join(f"{what} {seconds:.0f} s" for what, seconds in timings.items()))
 
 
-def test_developer_of_a_rehearsal_has_no_credential_of_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_developer_of_a_rehearsal_has_no_credential_of_the_surroundings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in (
         "REPO_TOKEN",
         "CI_JOB_TOKEN",
