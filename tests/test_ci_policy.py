@@ -77,6 +77,7 @@ VARIABLES = {
     "credentials of the remote, for releases": ("release/publish", True),
     "REPO_TOKEN": ("experiment/report", False),
     "RELEASE_TOKEN": ("release/*", True),
+    "the same token, to deploy": ("production", True),
     "MLFLOW_TRACKING_URI": ("experiment/*", False),
     "the same, for releases": ("release/publish", True),
     "RELEASE_WITHOUT_REVIEW": ("release/publish", True),
@@ -107,7 +108,7 @@ SEEN: dict[str, set[str]] = {
         "RELEASE_WITHOUT_REVIEW",
     },
     "serve-image": {"RELEASE_TOKEN"},
-    "deploy": {"DEPLOY_COMMAND", "SERVE_URL"},
+    "deploy": {"DEPLOY_COMMAND", "SERVE_URL", "the same token, to deploy"},
 }
 PROTECTED = {name for name, (_, protected) in VARIABLES.items() if protected}
 
