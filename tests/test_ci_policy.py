@@ -2,6 +2,9 @@
 
 import fnmatch
 import re
+import subprocess
+import sys
+from itertools import chain, combinations, dropwhile, takewhile
 from pathlib import Path
 
 import pytest
@@ -9,77 +12,105 @@ from ruamel.yaml import YAML
 
 from rehearse import gitlab, runner
 from rehearse.project import ROOT
-from tests.pipeline_yaml import Expanded, evaluate, expand, listed, repository
+from rehearse.rules import evaluate, needs
+from tests.pipeline_yaml import Expanded, expand, listed, repository
 
 NO_SHA = "0" * 40
-MERGE_REQUEST = gitlab.merge_request(3, NO_SHA, "experiment")
+REGISTRY = {
+    "CI_REGISTRY_IMAGE": "registry.example.com/my-group/proj"
+}  # GitLab's, lower case whatever the path is
+MERGE_REQUEST = gitlab.merge_request(3, NO_SHA, "experiment") | REGISTRY
+BETWEEN_PROTECTED = MERGE_REQUEST | {"CI_COMMIT_REF_PROTECTED": "true"}
 # Run in the fork with the fork's variables, or by a member of the parent in the parent.
 FORK = gitlab.merge_request(3, NO_SHA, "experiment", source_project=gitlab.FORK_ID) | {
-    "CI_PROJECT_ID": gitlab.FORK_ID
+    "CI_PROJECT_ID": gitlab.FORK_ID,
+    "CI_MERGE_REQUEST_PROJECT_PATH": "My-Group/Proj",
+    "CI_REGISTRY_IMAGE": "registry.example.com/somebody/proj",
 }
-FORK_IN_PARENT = gitlab.merge_request(3, NO_SHA, "experiment", source_project=gitlab.FORK_ID)
+FORK_IN_PARENT = gitlab.merge_request(3, NO_SHA, "experiment", source_project=gitlab.FORK_ID) | REGISTRY
+PUSH = gitlab.branch() | REGISTRY
+VERSION, MODEL = gitlab.tag("v1.2.3") | REGISTRY, gitlab.tag("model-v1.2.3") | REGISTRY
+INPUTS = (
+    "Dockerfile",
+    "constraints.txt",
+    "pyproject.toml",
+    "deploy/image/requirements.py",
+)  # of the jobs' image
 LINT = {"lint", "test"}
-EXPERIMENT = {"preflight", "pipeline", "report", "report-failure", "preflight-failure", "gate"}
+JUDGES = {"preflight", "report", "gate", "preflight-failure", "pipeline-failure", "report-failure"}
+EXPERIMENT = JUDGES | {"pipeline"}
 RELEASE = {"release", "serve-image", "deploy"}
+TRAINS = {"pipeline", "retrain", "reproduce"}
+BUILDKIT = {"ci-image", "ci-image-main", "serve-image"}
 
 SOURCES: dict[str, tuple[dict[str, str], set[str]]] = {
     "merge request": (MERGE_REQUEST, LINT | EXPERIMENT),
+    "merge request between two protected branches": (BETWEEN_PROTECTED, LINT | EXPERIMENT),
     "merge request of a fork": (FORK, LINT),
     "merge request of a fork, run in the parent": (FORK_IN_PARENT, LINT),
-    "push to the default branch": (gitlab.branch(), LINT | RELEASE),
-    "push to another branch": (gitlab.branch(name="experiment"), set()),
-    "started by hand on the default branch": (gitlab.branch("web"), LINT | RELEASE),
-    "started by hand to build the image of the jobs": (
-        gitlab.branch("web") | {"BUILD_CI_IMAGE": "true"},
-        LINT | RELEASE | {"ci-image"},
+    "push to the default branch": (PUSH, LINT | RELEASE | {"ci-image-main"}),
+    "push to a default branch of another name": (
+        gitlab.branch(name="trunk") | REGISTRY | {"CI_DEFAULT_BRANCH": "trunk"},
+        LINT | RELEASE | {"ci-image-main"},
     ),
+    "push to another branch": (gitlab.branch(name="experiment"), set()),
+    "started by hand on the default branch": (gitlab.branch("web") | REGISTRY, LINT | {"ci-image"}),
+    "started by the API on the default branch": (gitlab.branch("api") | REGISTRY, LINT | {"ci-image"}),
     "started by hand on another branch": (gitlab.branch("web", "experiment"), set()),
     "schedule": (gitlab.branch("schedule"), {"retrain"}),
     "trigger": (gitlab.branch("trigger"), {"retrain"}),
     "trigger by another project's job": (gitlab.branch("pipeline"), {"retrain"}),
     "trigger on another branch": (gitlab.branch("trigger", "experiment"), set()),
-    "tag of the template": (gitlab.tag("v1.2.3"), LINT | {"component", "ci-image"}),
-    "tag of a model": (gitlab.tag("model-v1.2.3"), {"reproduce"}),
+    "tag of the template": (VERSION, LINT | {"component", "ci-image"}),
+    "tag of a model": (MODEL, {"reproduce"}),
     "another tag": (gitlab.tag("friday"), set()),
 }
-WITH_PROTECTED = {
-    "push to the default branch",
-    "started by hand on the default branch",
-    "started by hand to build the image of the jobs",
-    "schedule",
-    "trigger",
-} | {
-    "trigger by another project's job",
-    "tag of the template",  # if tags are protected
-    "tag of a model",
-}
+WITHOUT_PROTECTED = {"merge request", "merge request of a fork", "merge request of a fork, run in the parent"}
+# What GitLab hands to jobs of such pipelines is decided by protected tags and by its setting for merge requests; here
+# it is taken to hand out what it can.
+WITH_PROTECTED = set(SOURCES) - WITHOUT_PROTECTED
 
 # As docs/gitlab.md says to set them: name → scope, protected.
+PAGE = (ROOT / "docs" / "gitlab.md").read_text()
 VARIABLES = {
-    "AWS_SECRET_ACCESS_KEY of merge requests": ("experiment/*", False),
+    "credentials of the remote, for merge requests": ("experiment/*", False),
+    "credentials of the remote, for releases": ("release/publish", True),
     "REPO_TOKEN": ("experiment/report", False),
-    "AWS_SECRET_ACCESS_KEY of the release": ("release", True),
-    "RELEASE_TOKEN": ("release", True),
-    "DEPLOY_WEBHOOK_TOKEN": ("production", True),
+    "RELEASE_TOKEN": ("release/*", True),
+    "the same token, to deploy": ("production", True),
+    "MLFLOW_TRACKING_URI": ("experiment/*", False),
+    "the same, for releases": ("release/publish", True),
+    "RELEASE_WITHOUT_REVIEW": ("release/publish", True),
+    "DEPLOY_COMMAND": ("production", True),
+    "SERVE_URL": ("production", True),
 }
-STORE = "AWS_SECRET_ACCESS_KEY of merge requests"
+EXPERIMENTS = {"credentials of the remote, for merge requests", "MLFLOW_TRACKING_URI"}
 SEEN: dict[str, set[str]] = {
     "lint": set(),
     "test": set(),
     "ci-image": set(),
+    "ci-image-main": {"RELEASE_TOKEN"},
     "component": set(),
-    "preflight": {STORE},
-    "pipeline": {STORE},
-    "report": {STORE, "REPO_TOKEN"},
-    "report-failure": {STORE, "REPO_TOKEN"},
-    "preflight-failure": {STORE, "REPO_TOKEN"},
+    "preflight": EXPERIMENTS,
+    "pipeline": EXPERIMENTS,
+    "report": EXPERIMENTS | {"REPO_TOKEN"},
+    "ci-image-failure": EXPERIMENTS | {"REPO_TOKEN"},
+    "preflight-failure": EXPERIMENTS | {"REPO_TOKEN"},
+    "pipeline-failure": EXPERIMENTS | {"REPO_TOKEN"},
+    "report-failure": EXPERIMENTS | {"REPO_TOKEN"},
     "gate": set(),
-    "retrain": {STORE},
-    "reproduce": {STORE},
-    "release": {"AWS_SECRET_ACCESS_KEY of the release", "RELEASE_TOKEN"},
-    "serve-image": set(),
-    "deploy": {"DEPLOY_WEBHOOK_TOKEN"},
+    "retrain": EXPERIMENTS,
+    "reproduce": EXPERIMENTS,
+    "release": {
+        "credentials of the remote, for releases",
+        "RELEASE_TOKEN",
+        "the same, for releases",
+        "RELEASE_WITHOUT_REVIEW",
+    },
+    "serve-image": {"RELEASE_TOKEN"},
+    "deploy": {"DEPLOY_COMMAND", "SERVE_URL", "the same token, to deploy"},
 }
+PROTECTED = {name for name, (_, protected) in VARIABLES.items() if protected}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +149,9 @@ def test_pipeline_has_exactly_the_jobs_of_its_source(ci: Expanded, source: str) 
 
 
 def test_branch_beside_a_merge_request_makes_no_pipeline_whatever_jobs_a_team_adds(ci: Expanded) -> None:
-    added = Expanded(ci.tree | {"theirs": {"script": ["make"], "rules": [{"when": "always"}]}})
+    added = Expanded(
+        ci.tree | {"theirs": {"stage": "lint", "script": ["make"], "rules": [{"when": "always"}]}}
+    )
     made = {source for source, (variables, _) in SOURCES.items() if added.pipeline(variables)}
     assert made == {source for source, (_, jobs) in SOURCES.items() if jobs}
 
@@ -153,20 +186,186 @@ def test_fork_meets_no_credential_and_pushes_no_image(ci: Expanded, source: str)
     assert [environment_of(ci, job) for job in jobs] == [None, None]
 
 
-def test_merge_request_never_meets_what_can_change_main(ci: Expanded) -> None:
-    for job in ci.pipeline(MERGE_REQUEST):
-        assert not {"RELEASE_TOKEN", "AWS_SECRET_ACCESS_KEY of the release"} & seen(
-            ci, job, protected_ref=True
-        )
+# ---- Who can reach what
 
 
-def test_image_of_the_jobs_is_rebuilt_and_used_only_where_its_inputs_change(ci: Expanded) -> None:
-    for changed, expected in (("Dockerfile", True), ("constraints.txt", True), ("src/ml/errors.py", False)):
-        assert ("ci-image" in ci.pipeline(MERGE_REQUEST, {changed})) == expected
-        assert ("ci-image" in ci.pipeline(gitlab.branch(), {changed})) == expected
-    rules = ci.tree["workflow"]["rules"]
-    images = [rule.get("variables", {}).get("JOB_IMAGE") for rule in rules[:3]]
-    assert images[1] == "$CI_REGISTRY_IMAGE/ci:merge-request-$CI_MERGE_REQUEST_IID" and images[2] is None
+@pytest.mark.parametrize("source", SOURCES)
+def test_protected_variable_meets_only_what_was_merged(ci: Expanded, source: str) -> None:
+    """Whoever may not merge reaches it neither by an image, a cache or a variable of theirs, nor by their own code."""
+    variables, _ = SOURCES[source]
+    for job in ci.pipeline(variables, set(INPUTS)):
+        if not PROTECTED & seen(ci, job, protected_ref=True):
+            continue
+        entry = ci.jobs[job]
+        assert variables["CI_PIPELINE_SOURCE"] == "push", job  # of no web form, whose variables come first
+        assert variables["CI_COMMIT_BRANCH"] == variables["CI_DEFAULT_BRANCH"], job
+        image = ci.image(job, variables, set(INPUTS))
+        ours = image.startswith(variables["CI_REGISTRY_IMAGE"])
+        assert image.endswith("/ci:main") if ours else pinned(image), f"{job}: {image}"
+        assert "cache" not in entry, job
+        lines = [*entry.get("before_script", []), *entry["script"]]
+        judged = all(line.startswith(("python -m ml.", "cd ")) for line in lines)
+        assert judged if ours else lines[0].startswith("sh .ci/build_image.sh"), job
+        assert not ours or entry["variables"]["PYTHONSAFEPATH"] == "1", job
+
+
+def pinned(image: str) -> bool:
+    """By a version or a digest of a registry in which nobody of the project writes."""
+    return bool(re.search(r"(:v?\d+\.\d+[\w.-]*|@sha256:[0-9a-f]{64})$", image)) and "$" not in image
+
+
+@pytest.mark.parametrize("job", sorted(JUDGES | {"ci-image-failure", "release", "deploy"}))
+def test_nothing_of_the_checkout_runs_where_it_is_judged(ci: Expanded, job: str) -> None:
+    """No setup, no path into the checkout, and no file of its root that shadows a module (PYTHONSAFEPATH)."""
+    entry = ci.jobs[job]
+    assert entry["image"]["name"] == "$JUDGE_IMAGE"
+    assert entry["variables"]["PYTHONSAFEPATH"] == "1" and "PYTHONPATH" not in entry["variables"]
+    for line in [*entry["before_script"], *entry["script"]]:
+        assert re.fullmatch(r'cd "\./"|python -m ml\.[\w.]+( \S+)*', line), line
+
+
+@pytest.mark.parametrize("name", ["json", "numpy", "ml", "pydantic"])
+def test_file_of_the_checkout_takes_no_module_s_place_where_it_is_judged(
+    ci: Expanded, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the checkout ran')")
+    safe = {"PYTHONSAFEPATH": ci.jobs["gate"]["variables"].get("PYTHONSAFEPATH", "")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ml.report.gate", "--help"],
+        cwd=tmp_path,
+        env=runner.environment({"PYTHONPATH": str(ROOT / "src")}) | safe,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("changed", [set(), set(INPUTS)])
+def test_images_of_jobs_by_source(ci: Expanded, changed: set[str]) -> None:
+    main, own = (
+        "registry.example.com/my-group/proj/ci:main",
+        "registry.example.com/my-group/proj/ci:merge-request-3",
+    )
+    for job in ci.pipeline(MERGE_REQUEST, changed):
+        if job in JUDGES | {"ci-image-failure"}:
+            assert ci.image(job, MERGE_REQUEST, changed) == main, job
+        elif job != "ci-image":
+            assert ci.image(job, MERGE_REQUEST, changed) == (own if changed else main), job
+    for fork in (FORK, FORK_IN_PARENT):
+        assert all(ci.image(job, fork, changed).startswith("docker.io/library/python:") for job in LINT)
+    assert ci.image("lint", PUSH) == ci.image("release", PUSH) == main
+    assert ci.image("lint", VERSION) == "registry.example.com/my-group/proj/ci:v1.2.3"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_image_names_are_lower_case_whatever_the_group_is_called(ci: Expanded, source: str) -> None:
+    """CI_PROJECT_PATH and its like keep upper case, which no registry takes."""
+    variables, _ = SOURCES[source]
+    for job in ci.pipeline(variables, set(INPUTS)):
+        image = ci.image(job, variables, set(INPUTS))
+        assert image and image == image.lower() and "$" not in image, f"{job}: {image}"
+
+
+def test_image_pinned_by_digest_is_used_and_never_pushed_to(ci: Expanded) -> None:
+    digest = f"registry.example.com/my-group/proj/ci@sha256:{'0' * 64}"
+    given = {"JOB_IMAGE": digest, "JUDGE_IMAGE": digest}
+    pushed = {}
+    for source, variables, job in (
+        ("merge request", MERGE_REQUEST, "ci-image"),
+        ("push", PUSH, "ci-image-main"),
+        ("by hand", gitlab.branch("web") | REGISTRY, "ci-image"),
+        ("tag", VERSION, "ci-image"),
+    ):
+        [line] = ci.jobs[job]["script"]
+        pushed[source] = ci.resolve(job, line, variables | given, set(INPUTS)).split('"')[1]
+    name = "registry.example.com/my-group/proj/ci"
+    assert pushed == {
+        "merge request": f"{name}:merge-request-3",
+        "push": f"{name}:main",
+        "by hand": f"{name}:main",
+        "tag": f"{name}:v1.2.3",
+    }
+    assert ci.image("pipeline", MERGE_REQUEST | given, {"Dockerfile"}) == digest
+    assert ci.image("release", PUSH | given) == digest
+
+
+def test_new_pipeline_submits_no_variable_of_the_file() -> None:
+    """What has a description is filled in under New pipeline, and sent as a variable that beats the project's."""
+    variables = YAML(typ="safe").load((ROOT / ".gitlab-ci.yml").read_text())["variables"]
+    assert [name for name, value in variables.items() if isinstance(value, dict)] == []
+
+
+def test_caches_of_merge_requests_are_not_read_on_a_protected_branch(ci: Expanded) -> None:
+    keys = {}
+    for job, entry in ci.jobs.items():
+        for cache in entry.get("cache", []):
+            assert "$CI_COMMIT_REF_PROTECTED" in cache["key"]["prefix"], job
+            keys[job] = cache["key"]["prefix"]
+    assert set(keys) == LINT | TRAINS
+
+
+# ---- What may be lost
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_next_commit_stops_merge_requests_alone(ci: Expanded, source: str) -> None:
+    """Two merges within the tests' time would cost the first one's release, and the image that the second builds on."""
+    variables, jobs = SOURCES[source]
+    merge_request = variables["CI_PIPELINE_SOURCE"] == gitlab.MERGE_REQUEST
+    assert ci.lost(variables) == (jobs if merge_request else set())
+
+
+@pytest.mark.parametrize("mode", ["interruptible", "conservative"])
+def test_what_a_commit_stops_is_evaluated_as_gitlab_documents_it(mode: str) -> None:
+    always = {"rules": [{"when": "always"}], "needs": []}
+    tree = {
+        "workflow": {"auto_cancel": {"on_new_commit": mode}, "rules": [{"if": "$A"}]},
+        "a": always | {"interruptible": True},
+        "b": always,
+        "c": always | {"needs": [{"job": "a"}]},
+    }
+    assert Expanded(tree).lost({"A": "1"}) == ({"a", "c"} if mode == "interruptible" else {"a", "b", "c"})
+    tree["workflow"]["rules"] = [{"if": "$A", "auto_cancel": {"on_new_commit": "none"}}]
+    assert Expanded(tree).lost({"A": "1"}) == set()
+
+
+def test_every_merge_builds_the_image_of_the_jobs_whatever_it_changed(ci: Expanded) -> None:
+    """`changes` sees one push: what a failed or overtaken one should have built would never come."""
+    for changed in (set(), {"src/ml/errors.py"}, set(INPUTS)):
+        assert "ci-image-main" in ci.pipeline(PUSH, changed)
+    for needed in LINT:
+        assert "ci-image-main" in ci.needed(needed)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_merge_request_has_an_image_of_its_own_where_it_changes_what_that_is_made_from(
+    ci: Expanded, name: str
+) -> None:
+    assert {"ci-image", "ci-image-failure"} <= set(ci.pipeline(MERGE_REQUEST, {name}))
+    assert "ci-image" not in ci.pipeline(MERGE_REQUEST, {"src/ml/errors.py", f"docs/{name}"})
+
+
+def test_image_inputs_are_what_the_dockerfile_copies(ci: Expanded) -> None:
+    """But for the package: stages run the checkout's, and the judge's is main's."""
+    stage = (ROOT / "Dockerfile").read_text().partition("AS ci\n")[2].partition("\nFROM ")[0]
+    copied = {name for line in re.findall(r"COPY (?:--\S+ )*(.+) \S+\n", stage) for name in line.split()}
+    assert copied - {"LICENSE", "README.md", "src"} | {"Dockerfile"} == set(INPUTS)
+    for rule in [
+        *ci.tree["workflow"]["rules"],
+        *ci.jobs["ci-image"]["rules"],
+        *ci.jobs["ci-image-failure"]["rules"],
+    ]:
+        assert set(rule.get("changes", INPUTS)) == set(INPUTS)
+
+
+def test_what_a_deployment_that_is_run_again_takes_does_not_expire(ci: Expanded) -> None:
+    for need in ci.needed("deploy"):
+        assert ci.jobs[need]["artifacts"]["expire_in"] == "never"
+    for job, entry in ci.jobs.items():
+        assert "expire_in" in entry.get("artifacts", {"expire_in": ""}), job
+
+
+# ---- The comment
 
 
 def test_comment_is_posted_before_the_gate_can_turn_red(ci: Expanded) -> None:
@@ -174,14 +373,120 @@ def test_comment_is_posted_before_the_gate_can_turn_red(ci: Expanded) -> None:
     assert "publish" not in " ".join(ci.jobs["gate"]["script"])
 
 
-def test_comment_says_it_whichever_job_before_the_report_has_failed(ci: Expanded) -> None:
-    """GitLab skips a job of `on_failure` when one of several needs was skipped, so each has one."""
-    jobs = ci.pipeline(MERGE_REQUEST)
-    needs = {
-        name: [need["job"] for need in ci.jobs[name]["needs"]] for name in jobs if jobs[name] == "on_failure"
+FAILURE = {f"{job}-failure" for job in ("ci-image", "preflight", "pipeline", "report")}
+
+
+@pytest.mark.parametrize("changed", [set(), set(INPUTS)])
+def test_comment_says_it_whichever_jobs_fail_and_a_verdict_stands(ci: Expanded, changed: set[str]) -> None:
+    """For every set of failing jobs: without a verdict one job of `on_failure` runs at least, with one none does."""
+    jobs = ci.pipeline(MERGE_REQUEST, changed)
+    may_fail = sorted(set(jobs) - FAILURE)
+    for failing in chain.from_iterable(combinations(may_fail, size) for size in range(len(may_fail) + 1)):
+        ends = ci.ends(jobs, failing)
+        said = {name for name in FAILURE & set(jobs) if ends[name] == "success"}
+        assert bool(said) == (ends["report"] != "success"), f"{failing}: {ends}"
+        assert said == {
+            f"{name}-failure" for name in failing if f"{name}-failure" in jobs and ends[name] == "failed"
+        }
+
+
+@pytest.mark.parametrize("failing", sorted(LINT | {"gate"}))
+def test_red_lint_tests_or_gate_leave_the_verdict_alone(ci: Expanded, failing: str) -> None:
+    ends = ci.ends(ci.pipeline(MERGE_REQUEST), [failing])
+    assert {name for name, end in ends.items() if end == "failed"} == {failing}
+    assert {name for name, end in ends.items() if end == "skipped"} == FAILURE - {"ci-image-failure"}
+
+
+def test_failed_image_stops_the_training_and_not_the_judgement_of_the_lock(ci: Expanded) -> None:
+    ends = ci.ends(ci.pipeline(MERGE_REQUEST, {"Dockerfile"}), ["ci-image"])
+    assert ends["preflight"] == "success" and ends["pipeline"] == ends["lint"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("needs", "failing", "end"),
+    [
+        (["a"], ["a"], "success"),
+        (["a"], [], "skipped"),
+        (["a", "b"], ["b"], "success"),
+        (["b", "c"], ["b"], "skipped"),  # c needs b, and was skipped (#388866)
+        ([], [], "skipped"),
+    ],
+)
+def test_jobs_after_a_failure_are_evaluated_as_gitlab_documents_them(
+    needs: list[str], failing: list[str], end: str
+) -> None:
+    tree = {"a": {"needs": []}, "b": {"needs": []}, "c": {"needs": [{"job": "b"}]}}
+    jobs = Expanded(tree | {"said": {"needs": [{"job": name} for name in needs]}})
+    assert jobs.ends({name: "on_success" for name in "abc"} | {"said": "on_failure"}, failing)["said"] == end
+
+
+def test_no_job_of_a_merge_request_is_given_a_baseline(ci: Expanded) -> None:
+    """The commands know it: in a pipeline of merged results it is another one than the merge request's base."""
+    for job in ci.pipeline(MERGE_REQUEST, set(INPUTS)):
+        assert not any("SHA" in line for line in ci.jobs[job]["script"]), job
+    assert "--since-baseline" in " ".join(ci.jobs["preflight"]["script"])
+
+
+def test_failure_comment_needs_neither_the_remote_nor_history(ci: Expanded) -> None:
+    for job in FAILURE:
+        assert not any(
+            "ml.release" in line for line in ci.jobs[job]["before_script"] + ci.jobs[job]["script"]
+        )
+        assert ci.jobs[job]["resource_group"] == ci.jobs["report"]["resource_group"]
+
+
+def test_merge_request_links_the_comment_itself_and_no_folder(ci: Expanded) -> None:
+    """Ci::FindExposedArtifactsService: to the file where `paths` is one file, by its plain name; else to the browser."""
+    exposed = {
+        job: entry["artifacts"]["paths"]
+        for job, entry in ci.jobs.items()
+        if "expose_as" in entry.get("artifacts", {})
     }
-    assert needs == {"report-failure": ["pipeline"], "preflight-failure": ["preflight"]}
-    assert not any("ml.release.remote" in line for name in needs for line in ci.jobs[name]["before_script"])
+    assert exposed == {"gate": ["reports/comment.html"]}
+    assert ci.jobs["gate"]["artifacts"]["when"] == "always"
+    assert "reports/comment.html" in ci.jobs["report"]["artifacts"]["paths"]
+
+
+# ---- Jobs
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("changed", [set(), set(INPUTS)])
+@pytest.mark.parametrize("switches", [{}, {"BUILD_IMAGE": "false"}, {"BUILD_CI_IMAGE": "false"}])
+def test_job_that_may_be_absent_is_needed_as_optional(
+    ci: Expanded, source: str, changed: set[str], switches: dict[str, str]
+) -> None:
+    """Else GitLab makes no pipeline: "job needs … but it does not exist in the pipeline"."""
+    jobs = ci.pipeline(SOURCES[source][0] | switches, changed)
+    for job in jobs:
+        for need in needs(ci.jobs[job]) or []:
+            assert need.job in jobs or need.optional, f"{job} needs {need.job}"
+
+
+@pytest.mark.parametrize(
+    ("version", "image"),
+    [
+        ("17", "release-cli:v0.24.0"),
+        ("18", "cli:v1.58.0"),
+        ("19", "cli:v1.58.0"),
+        ("20", "cli:v1.58.0"),
+        ("", "cli:v1.58.0"),
+    ],
+)
+def test_component_is_released_by_the_program_that_its_gitlab_calls(
+    ci: Expanded, version: str, image: str
+) -> None:
+    """Gitlab::Ci::Build::Releaser: release-cli before 18.0; glab 1.58 or newer from then on, alone after 20.0."""
+    variables = VERSION | {"CI_SERVER_VERSION_MAJOR": version}
+    assert ci.image("component", variables) == f"registry.gitlab.com/gitlab-org/{image}"
+
+
+def test_images_are_built_here_unless_the_team_builds_them_elsewhere(ci: Expanded) -> None:
+    for variables, _ in SOURCES.values():
+        jobs = set(ci.pipeline(variables | {"BUILD_CI_IMAGE": "false"}, set(INPUTS)))
+        assert not {"ci-image", "ci-image-main", "ci-image-failure"} & jobs
+    given = MERGE_REQUEST | {"BUILD_CI_IMAGE": "false"}
+    assert ci.image("lint", given, {"Dockerfile"}).endswith("/ci:main")
 
 
 def test_no_job_waits_for_one_that_is_started_by_hand(ci: Expanded) -> None:
@@ -194,16 +499,15 @@ def test_no_job_waits_for_one_that_is_started_by_hand(ci: Expanded) -> None:
 
 def test_what_pushes_or_deploys_is_never_interrupted_and_never_runs_twice_at_once(ci: Expanded) -> None:
     for job, entry in ci.jobs.items():
-        pushes = job in RELEASE
+        pushes = job in RELEASE | {"ci-image-main"}
         assert entry.get("interruptible", False) == (not pushes and job != "component"), job
         assert "resource_group" in entry or not pushes, job
-    assert ci.jobs["report"]["resource_group"] == ci.jobs["report-failure"]["resource_group"]
     assert "$CI_MERGE_REQUEST_IID" in ci.jobs["report"]["resource_group"]
 
 
 def test_only_jobs_that_train_run_on_the_training_runner(ci: Expanded) -> None:
     tagged = {job for job, entry in ci.jobs.items() if entry.get("tags") == ["$RUNNER_TAG"]}
-    assert tagged == {"pipeline", "retrain", "reproduce", "release"}
+    assert tagged == TRAINS | {"release"}
     assert {job for job, entry in ci.jobs.items() if entry.get("tags")} == tagged
 
 
@@ -214,16 +518,19 @@ def test_every_job_has_a_time_limit_and_is_repeated_only_for_the_runners_faults(
         assert faults <= {"runner_system_failure", "scheduler_failure", "api_failure"}, job
 
 
-def test_images_are_pinned(ci: Expanded) -> None:
-    for job, entry in ci.jobs.items():
-        image = entry["image"]["name"]
-        assert image == "$JOB_IMAGE" or re.search(r":v\d+\.\d+\.\d+", image), f"{job}: {image}"
+def test_images_of_others_are_pinned(ci: Expanded) -> None:
+    for variables, _ in SOURCES.values():
+        for job in ci.pipeline(variables, set(INPUTS)):
+            image = ci.image(job, variables, set(INPUTS))
+            assert image.startswith(variables.get("CI_REGISTRY_IMAGE", "/")) or pinned(
+                image
+            ), f"{job}: {image}"
 
 
 def test_jobs_call_make_and_python_and_hold_no_shell_programs(ci: Expanded) -> None:
     allowed = re.compile(
         r"make [\w-]+|python -m ml\.[\w.]+( \S+)*|python \.ci/\w+\.py( \S+)*|sh \.ci/\w+\.sh( \S+)*|echo .+"
-        r'|export PATH="\$PWD/\.venv/bin:\$PATH" PYTHONPATH="\$PWD/src"'
+        r'|cd "\./"|export PATH="\$PWD/\.venv/bin:\$PATH"( PYTHONPATH="\$PWD/src")?'
     )
     for job, entry in ci.jobs.items():
         for line in [*entry.get("before_script", []), *entry["script"]]:
@@ -239,21 +546,60 @@ def test_reports_for_the_merge_request_page_are_there(ci: Expanded) -> None:
     )
 
 
+# ---- The page for newcomers
+
+
 def test_variables_of_the_header_are_explained_in_the_page_for_newcomers() -> None:
     header = (ROOT / ".gitlab-ci.yml").read_text().partition("\nstages:")[0]
-    page = (ROOT / "docs" / "gitlab.md").read_text()
     names = set(re.findall(r"\b[A-Z][A-Z]+_[A-Z_]+\b", header))
     assert {"DVC_REMOTE_URL", "REPO_TOKEN", "RELEASE_TOKEN", "RUNNER_TAG"} <= names
-    assert {name for name in names if name not in page} == set()
+    assert {name for name in names if name not in PAGE} == set()
 
 
-def test_page_for_newcomers_gives_each_variable_the_scope_that_the_jobs_have(ci: Expanded) -> None:
-    page = (ROOT / "docs" / "gitlab.md").read_text()
-    scopes = set(re.findall(r"`(experiment/\*|experiment/report|release|production)`", page))
-    assert scopes == {"experiment/*", "experiment/report", "release", "production"}
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    lines = PAGE.partition(f"## {heading}\n")[2].splitlines()
+    table = list(
+        takewhile(lambda line: line.startswith("|"), dropwhile(lambda line: not line.startswith("|"), lines))
+    )
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[2:]]
+
+
+def test_page_gives_each_variable_the_scope_and_the_protection_that_the_jobs_need() -> None:
+    stated = {cells[0]: (cells[1].strip("`"), "**yes**" in cells[2]) for cells in rows("Variables")}
+    for name, expected in VARIABLES.items():
+        [row] = [row for row in stated if row.strip("`").startswith(name)]
+        assert stated[row] == expected, name
+    scoped = {row for row, (scope, _) in stated.items() if scope != "all"}
+    assert len(scoped) == len(VARIABLES)
+
+
+def test_page_names_each_variable_of_the_file_as_one_for_all_jobs(ci: Expanded) -> None:
+    unscoped = {cells[0].strip("`") for cells in rows("Variables") if cells[1] == "all"}
+    assert set(ci.tree["variables"]) <= unscoped
+    assert not any("**yes**" in cells[2] for cells in rows("Variables") if cells[1] == "all")
+
+
+def test_every_scope_of_the_page_is_the_environment_of_a_job(ci: Expanded) -> None:
     environments = {environment_of(ci, job) for job in ci.jobs} - {None}
-    for scope in scopes:
-        assert any(fnmatch.fnmatch(str(name), scope) for name in environments), scope
+    for cells in rows("Variables"):
+        scope = cells[1].strip("`")
+        assert scope == "all" or any(fnmatch.fnmatch(str(name), scope) for name in environments), cells
+
+
+def test_page_names_the_jobs_of_each_event(ci: Expanded) -> None:
+    named = set(re.findall(r"`([a-z-]+)`", PAGE.partition("## What happens when")[2].partition("\n## ")[0]))
+    assert {job for job in ci.jobs if not job.endswith("-failure")} <= named
+    assert {job for job in ci.jobs if job.endswith("-failure")} == FAILURE
+
+
+def test_protected_image_tags_of_the_page_are_those_that_protected_jobs_push_or_read(ci: Expanded) -> None:
+    [pattern] = re.findall(r"`(\^\(main.*?\)\$)`", PAGE)
+    assert len(pattern) <= 100  # GitLab's limit
+    for tag in ("main", "cache-protected", "v1.2.3", "model-v1.0.0", "model-v1.0.0-0a1b2c3d"):
+        assert re.search(pattern, tag), tag
+    for tag in ("merge-request-3", "cache-merge-requests"):
+        assert not re.search(pattern, tag), tag
 
 
 def test_sweep_of_the_page_is_one_job_for_each_value_by_hand(tmp_path: Path, checkout: Path) -> None:

@@ -1,12 +1,16 @@
 """What the jobs call beside the package: .ci/code_quality.py and .ci/build_image.sh; and the comment of a failed job."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ml.report.failure import compose, failed_jobs, last_lines
 from ml.report.publish import read_report
@@ -58,6 +62,7 @@ def test_fingerprint_stays_when_a_finding_only_moves(tmp_path: Path) -> None:
 STAND_IN = """#!/bin/sh
 printf '%s\\n' "$@" > arguments
 cp "$DOCKER_CONFIG/config.json" config.json 2>/dev/null
+cp "${SSL_CERT_FILE:-/dev/null}" trusted.pem
 while [ $# -gt 0 ]; do
   if [ "$1" = --metadata-file ]; then
     echo '{"containerimage.config.digest": "sha256:bad", "containerimage.digest": "sha256:0a1b2c"}' > "$2"
@@ -95,8 +100,64 @@ def test_serving_image_is_built_with_the_released_model_and_handed_on_by_digest(
     assert any("name=registry.example.com/g/p:model-v1.0.0,push=true" in each for each in arguments)
     assert (tmp_path / "image.env").read_text() == "IMAGE=registry.example.com/g/p@sha256:0a1b2c\n"
     assert 'se"cret' not in done.stdout + done.stderr
-    [entry] = json.loads((tmp_path / "config.json").read_text())["auths"].values()
-    assert entry["auth"] == "Y2k6c2UiY3JldA=="  # ci:se"cret
+    assert signed_in(tmp_path) == 'ci:se"cret'
+
+
+def signed_in(folder: Path) -> str:
+    [entry] = json.loads((folder / "config.json").read_text())["auths"].values()
+    return base64.b64decode(entry["auth"]).decode()
+
+
+def caches(folder: Path, kind: str) -> list[str]:
+    """The tags that --import-cache or --export-cache names."""
+    arguments = (folder / "arguments").read_text().splitlines()
+    following = [arguments[at + 1] for at, argument in enumerate(arguments) if argument == f"--{kind}-cache"]
+    return [re.search(r"ref=([^,]+)", value)[1].rpartition(":")[2] for value in following]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("pasted", ["glpat-1", "glpat-1\n", " glpat-1 \r\n"])
+def test_where_the_release_token_is_seen_it_signs_in(tmp_path: Path, pasted: str) -> None:
+    """By the role of whoever merged, a job token could not push a protected image tag."""
+    done = build(tmp_path, "ci", "registry.example.com/g/p/ci:main", **REGISTRY, RELEASE_TOKEN=pasted)
+    assert done.returncode == 0, done.stderr
+    assert signed_in(tmp_path) == "release-token:glpat-1"
+    assert "glpat" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "variables", "read", "written"),
+    [
+        ("ci", {}, ["cache-protected"], ["cache-protected"]),
+        (
+            "ci",
+            {"CI_MERGE_REQUEST_IID": "3"},
+            ["cache-protected", "cache-merge-requests"],
+            ["cache-merge-requests"],
+        ),
+        # between two protected branches, as GitLab 18 may call it
+        (
+            "ci",
+            {"CI_MERGE_REQUEST_IID": "3", "CI_COMMIT_REF_PROTECTED": "true"},
+            ["cache-protected", "cache-merge-requests"],
+            ["cache-merge-requests"],
+        ),
+        ("serve", MODEL, [], []),
+    ],
+)
+def test_no_cache_that_merge_requests_write_is_read_elsewhere_and_production_has_none(
+    tmp_path: Path, target: str, variables: dict[str, str], read: list[str], written: list[str]
+) -> None:
+    done = build(tmp_path, target, "registry.example.com/g/p/ci:some", **REGISTRY, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (caches(tmp_path, "import"), caches(tmp_path, "export")) == (read, written)
+
+
+def test_registry_behind_a_private_authority_is_trusted_beside_the_usual_ones(tmp_path: Path) -> None:
+    (tmp_path / "usual.pem").write_text("usual\n")
+    (tmp_path / "private.pem").write_text("private\n")
+    variables = {"SSL_CERT_FILE": "usual.pem", "CI_SERVER_TLS_CA_FILE": "private.pem"}
+    assert build(tmp_path, "ci", "r/p/ci:main", **variables).returncode == 0
+    assert (tmp_path / "trusted.pem").read_text() == "usual\nprivate\n"
 
 
 def test_image_build_stops_at_a_missing_variable_and_at_an_unknown_target(tmp_path: Path) -> None:
@@ -152,15 +213,84 @@ def test_comment_of_a_failed_job_has_the_end_of_its_log(gitlab: GitLabEmulator) 
     assert "`error: the loss of seed 1 is not finite at step 20.`" in text and "Uploading" not in text
 
 
+# By gitlab-runner's timestamper (common/buildlogger/internal), as its documentation describes the form.
+TIME = "2026-01-02T03:04:05.000678Z"
+
+
+def stamped(writes: list[tuple[str, str]]) -> str:
+    """The log of a runner ≥ 18.7 after `writes` of (stream, text): a line ends at a line break, and is cut at a \\r."""
+    log, started, cut = "", dict[str, str](), dict[str, str]()
+    for stream, text in writes:
+        for part in re.findall(r"[^\n]*\n|[^\n]+", text):
+            started[stream] = started.get(stream, "") + part
+            if part.endswith("\n") or "\r" in part:
+                log += f"{TIME} {stream}{cut.pop(stream, ' ')}{started.pop(stream).removesuffix(chr(10))}\n"
+                if not part.endswith("\n"):
+                    cut[stream] = "+"
+    return log + "".join(f"{TIME} {stream}{cut.get(stream, ' ')}{rest}\n" for stream, rest in started.items())
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (f"{TIME} 01E error: no such data\n", ["error: no such data"]),
+        (f"{TIME} 01O \x1b[32mok\x1b[0m\n{TIME} 00O ERROR: Job failed\n", ["ok", "ERROR: Job failed"]),
+        (f"{TIME} 01O 10 %\r\n{TIME} 01O+20 %\r\n{TIME} 01O+done\n", ["done"]),
+        # another stream's line in between
+        (f"{TIME} 01O 10 %\r\n{TIME} 01E warning\n{TIME} 01O+done\n", ["done", "warning"]),
+        (f"{TIME} 00O section_start:1:step_script\r\x1b[0KRunning\n", ["Running"]),
+        (f"{TIME} 00O section_start:1:a\r\x1b[0K\n{TIME} 00O+section_end:2:a\r\x1b[0K\n", []),
+        ("section_start:1:step_script[collapsed=true]\r\x1b[0K\x1b[36mRunning\x1b[0m\n", ["Running"]),
+        # with and without, as when a runner was upgraded, or a program prints another one's log
+        (f"plain\n{TIME} 01O stamped\nplain again\n", ["plain", "stamped", "plain again"]),
+        (f"a\r\n{TIME} 01O windows\r\n", ["a", "windows"]),
+        (f"{TIME} 01O+goes on with nothing\n", ["goes on with nothing"]),
+        (
+            "2026-01-02 is a date\n2026-01-02T03:04:05Z too\n",
+            ["2026-01-02 is a date", "2026-01-02T03:04:05Z too"],
+        ),
+        ("", []),
+    ],
+)
+def test_end_of_a_log_is_what_the_job_said_with_and_without_times(log: str, expected: list[str]) -> None:
+    assert last_lines(log) == expected
+
+
+LINE = st.text(
+    st.characters(codec="utf-8", exclude_characters="\n\x1b", exclude_categories=("Cs",)), max_size=20
+)
+
+
+@given(st.lists(st.tuples(LINE, st.booleans()), max_size=12), st.lists(st.integers(0, 200), max_size=6))
+def test_times_and_cuts_of_the_runner_change_nothing_in_what_is_shown(
+    lines: list[tuple[str, bool]], cuts: list[int]
+) -> None:
+    plain = "".join(f"\x1b[0;m{line}\n" if coloured else f"{line}\n" for line, coloured in lines)
+    edges = [0, *sorted(min(cut, len(plain)) for cut in cuts), len(plain)]
+    writes = [("01O", plain[start:end]) for start, end in zip(edges, edges[1:])]
+    assert last_lines(stamped(writes)) == last_lines(plain)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["00O", "01O", "01E"]), LINE), max_size=12))
+def test_each_stream_of_a_log_keeps_its_own_lines(writes: list[tuple[str, str]]) -> None:
+    stamp = re.compile(r"\d{4}-\d\d-\d\dT")
+    shown = last_lines(stamped([(stream, f"{text}\n") for stream, text in writes]))
+    assert not any(stamp.match(line) for line in shown)
+    assert shown == last_lines("".join(f"{text}\n" for _, text in writes))
+
+
 def test_log_of_a_failed_job_can_do_nothing_in_the_comment(tmp_path: Path) -> None:
     hostile = "```\n\n/merge\n/approve\n@all !1 #1 ![x](http://evil.example/x.png) <script>\n`\n/close\n"
+    hostile += (
+        "deadbeefcafe g/proj@deadbeefcafe `#ff0000` $x$ ~bug %1 &1 [wiki] :smile: http://evil.example\n"
+    )
     job_log = last_lines(hostile)
     from ml.report.failure import FailedJob
 
     text = compose([FailedJob("/merge `x`", "@all", "javascript:1", job_log)], "a" * 40, None)
     (tmp_path / "comment.md").write_text(text)
     assert read_report(tmp_path / "comment.md") == text.strip("\n")  # refuses quick actions
-    assert effects(text).found() == {}
+    assert effects(text).found() == {"commits": ["aaaaaaaa"]}  # the one that it is about
 
 
 def test_without_a_token_or_an_answer_the_comment_links_to_the_pipeline(gitlab: GitLabEmulator) -> None:

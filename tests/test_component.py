@@ -1,21 +1,21 @@
 """A team with a repository of its own includes the component: its merge request is trained, compared and commented."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from rehearse import gitlab, runner
-from rehearse.gitlab import Variable
-from rehearse.project import IDENTITY, ROOT, Logs
+from rehearse import gitlab, pipelines, runner
+from rehearse.gitlab import Event
+from rehearse.pipelines import Run
+from rehearse.project import ROOT, Answer, Project
 from tests.gitlab_emulator import GitLabEmulator
+from tests.pipeline_yaml import Expanded, repository
 
-HOST = "127.0.0.1:1"  # nothing listens there: git is told to look into folders instead
 PIPELINE = """
 stages: [pipeline, report, release]
 include:
@@ -25,16 +25,18 @@ include:
       remote: REMOTE
       runner-tag: fast
       margin: "MARGIN"
+      folder: FOLDER
 """
 # No torch, no code of the template beside `ml.files`: one stage that "trains" by a param.
 STAGE = """
 import json, sys
 import numpy as np
+from beside import classes
 from ml import files
 from ruamel.yaml import YAML
 
 wrong = YAML(typ="safe").load(open("params.yaml"))["model"]["channels"][0]  # of 100 test examples
-labels = np.arange(200) % 2
+labels = np.arange(200) % classes
 names = np.array(["cat", "dog"])
 images = np.zeros((200, 4, 4), np.uint8)
 images[:, 0, 0] = np.arange(200)
@@ -60,32 +62,28 @@ files.write_bytes(files.MODEL_ONNX, b"model %d" % wrong)
 OUTS = ["train.npz", "test.npz", "golden.npz", "training.json", "model.onnx"]
 
 
-class Toy:
-    """A repository whose origin is on HOST, beside that of the template."""
+class Toy(Project):
+    """A project with a stage of its own and the component; in `where` of its repository, which ends in a slash or is ""."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.code, self.remote = folder, folder / "toy", folder / "remote"
-        self.code.mkdir(parents=True)
-        self.remote.mkdir()
+    def __init__(self, folder: Path, emulator: GitLabEmulator) -> None:
+        super().__init__(folder, emulator)
+        # the component's input says it
+        self.runner.variables = [each for each in self.runner.variables if each.name != "DVC_REMOTE_URL"]
         self.template = folder / "template.git"
-        self.environment = runner.environment(IDENTITY) | {
-            "GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_KEY_0": f"url.file://{self.template}.insteadOf",
-            "GIT_CONFIG_VALUE_0": f"http://{HOST}/ml/template.git",
-        }
+        self.remote.mkdir()
 
-    def call(self, *command: str, cwd: Path | None = None) -> str:
-        done = subprocess.run(
-            command, cwd=cwd or self.code, env=self.environment, capture_output=True, text=True
-        )
+    def here(self, *command: str, cwd: Path | None = None) -> None:
+        environment = runner.environment({"PYTHONPATH": str(ROOT / "src")})
+        done = subprocess.run(command, cwd=cwd or self.code, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.strip()
 
-    def publish_template(self) -> None:
-        """Only templates/, tagged: all that GitLab needs of the template's repository."""
-        target = self.template / "templates" / "experiment" / "template.yml"
-        target.parent.mkdir(parents=True)
-        target.write_bytes((ROOT / "templates" / "experiment" / "template.yml").read_bytes())
+    def begin(self, margin: str = "", where: str = "") -> None:
+        """Everything but a result is on the default branch."""
+        component = self.template / "templates" / "experiment" / "template.yml"
+        component.parent.mkdir(parents=True)
+        component.write_bytes((ROOT / "templates" / "experiment" / "template.yml").read_bytes())
+        self.code = self.developer / where
+        self.code.mkdir(parents=True)
         for command in (
             ("init", "--quiet", "--initial-branch=main"),
             ("config", "uploadpack.allowFilter", "true"),
@@ -93,17 +91,17 @@ class Toy:
             ("commit", "--quiet", "--message", "template"),
             ("tag", "v0.1.0"),
         ):
-            self.call("git", *command, cwd=self.template)
-
-    def write(self, margin: str) -> None:
-        text = PIPELINE.replace("HOST", HOST).replace("REMOTE", str(self.remote)).replace("MARGIN", margin)
-        (self.code / ".gitlab-ci.yml").write_text(text)
+            self.git("-C", str(self.template), *command)
+        host = self.emulator.url.partition("://")[2]
+        text = PIPELINE.replace("HOST", host).replace("REMOTE", str(self.remote)).replace("MARGIN", margin)
+        (self.developer / ".gitlab-ci.yml").write_text(text.replace("FOLDER", f'"{where}"'))
         (self.code / "train.py").write_text(STAGE)
-        (self.code / ".gitignore").write_text("/artifacts/\n/reports/\n/.gitlab-ci-local/\n")
+        (self.code / "beside.py").write_text("classes = 2\n")
+        (self.code / ".gitignore").write_text("/artifacts/\n/reports/\n")
         outs = [f"artifacts/{name}" for name in OUTS] + ["reports/data.json", "reports/predictions.npz"]
         stage = {
             "cmd": "python train.py",
-            "deps": ["train.py"],
+            "deps": ["train.py", "beside.py"],
             "params": ["model"],
             "outs": outs,
             "metrics": ["reports/metrics.json"],
@@ -111,12 +109,11 @@ class Toy:
         with open(self.code / "dvc.yaml", "w") as file:
             YAML().dump({"stages": {"train": stage}}, file)
         self.set_wrong(5)
-        self.call("git", "init", "--quiet", "--initial-branch=main")
-        self.call("git", "config", "user.name", "toy")
-        self.call("git", "config", "user.email", "toy@example.com")
-        self.call(sys.executable, "-m", "dvc", "init", "--quiet")
-        self.call("git", "remote", "add", "origin", f"http://{HOST}/team/toy.git")
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.git("remote", "add", "origin", self.address.replace("://", f"://dev:{self.maintainer}@"))
+        self.here(sys.executable, "-m", "dvc", "init", "--quiet", *(["--subdir"] if where else []))
         self.commit("Begin")
+        self.push("main")
 
     def set_wrong(self, wrong: int) -> None:
         params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
@@ -124,36 +121,35 @@ class Toy:
         with open(self.code / "params.yaml", "w") as file:
             YAML().dump(params, file)
 
-    def commit(self, message: str) -> str:
-        self.call("git", "add", "--all")
-        self.call("git", "commit", "--quiet", "--message", message)
-        for branch in ("main",):
-            self.call("git", "update-ref", f"refs/remotes/origin/{branch}", "HEAD")
-        self.call("git", "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/main")
-        return self.call("git", "rev-parse", "HEAD")
-
-    def train_here(self) -> str:
+    def train_here(self) -> None:
         """Results of main, as a release leaves them: in the remote and in dvc.lock."""
         dvc = (sys.executable, "-m", "dvc")
-        self.call(*dvc, "remote", "add", "--local", "--default", "main", str(self.remote))
-        self.call(*dvc, "repro", "--quiet")
-        self.call(*dvc, "push", "--quiet", "--run-cache")
-        return self.commit("Train")
+        self.here(*dvc, "remote", "add", "--local", "--default", "main", str(self.remote))
+        self.here(*dvc, "repro", "--quiet")
+        self.here(*dvc, "push", "--quiet", "--run-cache")
+        self.commit("Train")
+        self.push("main")
 
-    def merge_request(self, emulator: GitLabEmulator, base: str, jobs: tuple[str, ...] = ()) -> runner.Run:
-        pipeline = emulator.state.add_pipeline(
-            emulator.project, "refs/merge-requests/3/head", base, "running", gitlab.MERGE_REQUEST, {}
-        )["id"]
-        variables = gitlab.merge_request(3, base, "experiment") | {
-            "CI_PIPELINE_ID": str(pipeline),
-            "CI_API_V4_URL": f"{emulator.url}/api/v4",
-            "CI_PROJECT_URL": f"{emulator.url}/g/proj",
+    def propose(self, title: str) -> Answer:
+        """A merge request with what has been changed, and its pipeline."""
+        self.git("switch", "--quiet", "--create", "experiment")
+        self.commit(title)
+        self.push("experiment")
+        fields = {"source_branch": "experiment", "target_branch": "main", "title": title}
+        return self.run_merge_request(int(self.api().mergerequests.create(fields).iid))
+
+    def run_pipeline(self, event: Event, jobs: Sequence[str] = (), with_needs: bool = True) -> Run:
+        return self.runner.run(self.expanded(event), event, jobs, with_needs)
+
+    def expanded(self, event: Event) -> Expanded:
+        # the template's repository is on the same GitLab; git is told to look into a folder
+        more = {
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.file://{self.template}.insteadOf",
+            "GIT_CONFIG_VALUE_0": f"{self.emulator.url}/ml/template.git",
         }
-        secrets = gitlab.write_variables(
-            self.folder / "secrets.json", [Variable("REPO_TOKEN", emulator.token, "experiment/report")], False
-        )
-        heard = Logs(emulator, pipeline).hear
-        return runner.run(self.code, variables, secrets, jobs, more=self.environment, heard=heard)
+        text = runner.preview(self.developer, dict(event.variables), more=more)
+        return Expanded(pipelines.expand(text).tree)
 
 
 @pytest.fixture
@@ -162,51 +158,74 @@ def toy(tmp_path: Path) -> Iterator[Toy]:
         runner.install()
     except runner.Missing as error:
         pytest.skip(str(error))
-    toy = Toy(tmp_path)
-    toy.publish_template()
-    yield toy
+    with GitLabEmulator() as emulator:
+        yield Toy(tmp_path, emulator)
 
 
 @pytest.mark.slow
-def test_toy_project_with_the_component_gets_its_verdict_and_its_gate(toy: Toy) -> None:
+@pytest.mark.parametrize("where", ["", "models/toy/"])
+def test_toy_project_with_the_component_gets_its_verdict_and_its_gate(toy: Toy, where: str) -> None:
     """A loss of ten percentage points: stopped by the gate; with a margin of 30 pp it would have passed."""
-    toy.write(margin="0.3")
-    base = toy.train_here()
+    toy.begin(margin="0.3", where=where)
+    toy.train_here()
     toy.set_wrong(15)
-    sha = toy.commit("Make it worse")
-    with GitLabEmulator() as emulator:
-        emulator.add_merge_request(3, sha=sha)
-        run = toy.merge_request(emulator, base)
-        [note] = emulator.notes()
-    assert run.jobs == {name: "PASS" for name in ("preflight", "pipeline", "report", "gate")}, run.output
-    assert "worse" in note.body.splitlines()[0].lower()
-    assert json.loads((run.artifacts / "report/reports/comparison.json").read_text())["margin"] == 0.3
-    assert (toy.remote / "merge-requests" / "3").is_dir()
-    receipt = json.loads((run.artifacts / "pipeline/reports/receipt.json").read_text())
+    answer = toy.propose("Make it worse")
+    run = answer.run
+    assert {name for name, end in run.jobs.items() if end == "success"} == {
+        "preflight",
+        "pipeline",
+        "report",
+        "gate",
+    }, run.output
+    assert run.failed == [] and "worse" in answer.comment.splitlines()[0].lower()
+    assert json.loads(run.artifacts["report"][f"{where}reports/comparison.json"])["margin"] == 0.3
+    assert f"{where}reports/comment.html" in run.artifacts["gate"]
+    assert (toy.remote / "merge-requests" / "1").is_dir()
+    receipt = json.loads(run.artifacts["pipeline"][f"{where}reports/receipt.json"])
     assert receipt["stages"][0]["how"] == "ran"
 
 
 @pytest.mark.slow
 def test_failed_training_is_said_in_the_comment_and_not_taken_for_a_verdict(toy: Toy) -> None:
-    toy.write(margin="")
-    base = toy.call("git", "rev-parse", "HEAD")
+    toy.begin()
     (toy.code / "train.py").write_text("raise SystemExit('error: the loss is not finite')")
-    sha = toy.commit("Break the training")
-    with GitLabEmulator() as emulator:
-        emulator.add_merge_request(3, sha=sha)
-        run = toy.merge_request(emulator, base)
-        [note] = emulator.notes()
-    assert "error: the loss is not finite" in note.body
-    assert run.jobs["pipeline"] == "FAIL" and run.jobs["report-failure"] == "PASS", run.output
-    assert not {"report", "gate", "preflight-failure"} & set(run.jobs)
-    assert "No result" in note.body.splitlines()[0] and sha[:8] in note.body
+    answer = toy.propose("Break the training")
+    run = answer.run
+    assert "error: the loss is not finite" in answer.comment
+    assert run.failed == ["pipeline"] and run.jobs["pipeline-failure"] == "success", run.output
+    for name in ("report", "gate", "preflight-failure", "report-failure"):
+        assert run.jobs[name] == "skipped"
+    sha = toy.git("rev-parse", "experiment")
+    assert "No result" in answer.comment.splitlines()[0] and sha[:8] in answer.comment
 
 
-def test_component_refuses_an_input_of_the_wrong_type(toy: Toy) -> None:
-    toy.write(margin="much")
-    secrets = gitlab.write_variables(toy.folder / "none.json", [], False)
-    command = runner.command(toy.code, gitlab.branch(), secrets, "--list-json")
-    done = subprocess.run(
-        command, cwd=toy.code, env=os.environ | toy.environment, capture_output=True, text=True
+@pytest.mark.parametrize("given", [{"margin": "much"}, {"where": "models/toy"}, {"where": "/models/toy/"}])
+def test_component_refuses_an_input_of_the_wrong_form(toy: Toy, given: dict[str, str]) -> None:
+    toy.begin(**{name: value for name, value in given.items() if name == "margin"})
+    ci = toy.developer / ".gitlab-ci.yml"
+    ci.write_text(ci.read_text().replace('folder: ""', f'folder: "{given.get("where", "")}"'))
+    with pytest.raises(ValueError, match="margin" if "margin" in given else "folder"):
+        toy.expanded(Event(gitlab.branch(), "main", ""))
+
+
+def test_every_path_of_a_project_in_a_folder_lies_in_that_folder(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "project")
+    ci = folder / ".gitlab-ci.yml"
+    ci.write_text(
+        ci.read_text().replace("      runner-tag:", "      folder: models/digits/\n      runner-tag:")
     )
-    assert done.returncode != 0 and "margin" in done.stdout + done.stderr
+    expanded = Expanded(pipelines.expand(runner.preview(folder, gitlab.branch())).tree)
+    ours = YAML(typ="safe").load_all((ROOT / "templates/experiment/template.yml").read_text())
+    jobs = {name for name in list(ours)[1] if not name.startswith(".")}
+    assert {"preflight", "pipeline", "report", "gate", "retrain", "release"} <= jobs
+    for job in jobs:
+        entry = expanded.jobs[job]
+        assert entry["before_script"][0] == 'cd "./models/digits/"'
+        artifacts = entry.get("artifacts", {})
+        dotenv = artifacts.get("reports", {}).get("dotenv", "models/digits/")
+        paths = [
+            *artifacts.get("paths", []),
+            dotenv,
+            *(cache["key"]["files"][0] for cache in entry.get("cache", [])),
+        ]
+        assert all(path.startswith("models/digits/") for path in paths), job
