@@ -98,7 +98,11 @@ def run_git(*arguments: str) -> bytes | None:
 
 
 def name_of(arguments: tuple[str, ...]) -> str:
-    return next(word for word in arguments if not word.startswith("-"))
+    """The command, after options of git's own."""
+    before = ("", *arguments)
+    return next(
+        word for last, word in zip(before, arguments) if not word.startswith("-") and last not in ("-C", "-c")
+    )
 
 
 def own_words(stderr: bytes) -> str:
