@@ -40,8 +40,8 @@ def _latest(call: Call) -> Job:
     """The job of that name in the newest successful pipeline of the ref; an older pipeline's is not looked for.
 
     Project#latest_successful_build_for_ref!: success is the whole pipeline's, `refs/merge-requests/N/head`, `merge` and
-    `train` are refs of their own, and a merged merge request's pipelines stay on them. GitLab 18.8 and newer look on
-    with `search_recent_successful_pipelines`.
+    `train` are refs of their own, and a merged merge request's pipelines stay on them. GitLab 18.10 and newer look
+    on with `search_recent_successful_pipelines` (18.7 behind a flag that is off).
     """
     [name] = call.require("job")
     searching = str(call.query.get("search_recent_successful_pipelines", "")).lower() == "true"
@@ -50,7 +50,7 @@ def _latest(call: Call) -> Job:
             for job in call.project.jobs.get(pipeline["id"], []):
                 if job.name == name and job.kept:
                     return job
-            if not searching or number(call.state.version) < (18, 8):
+            if not searching or number(call.state.version) < (18, 10):
                 break
     raise not_found()
 
