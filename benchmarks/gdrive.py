@@ -2,8 +2,8 @@
 
     python -m benchmarks.gdrive [--objects 200]
 
-The journey: preflight, push, judge and restore on main, run and push in a merge request, restore in its next pipeline. Then
-DVC alone pushes and pulls that many small files. Google answers in a fraction of a second, the emulator at once, so what
+The journey: preflight, push, judge and restore on main, run and push in a merge request, restore in its next pipeline, release
+to main. Then DVC alone pushes and pulls that many small files. Google answers in a fraction of a second, the emulator at once, so what
 counts is requests; seconds are those of this machine.
 """
 

@@ -45,6 +45,19 @@ def journey(finished: Project, folder: Path) -> None:
     remote.configure(settings)
     found("its next pipeline", how(pipeline.reproduce(settings, allow_run=False)))
 
+    release = finished.clone(
+        folder / "release"
+    )  # it is merged: main's release job reads its prefix, and writes to main
+    release.set_param("evaluate.digits", 3)
+    os.chdir(release.folder)
+    del os.environ["CI_MERGE_REQUEST_IID"]
+    settings = load_settings()
+    remote.configure(settings, merge_request=7)
+    stages = pipeline.reproduce(settings, allow_run=False)
+    found("release", how(stages))
+    found("release pushed", push.push("main", settings, stages))
+    found("whole on the remote", provenance.verify_outputs("main"))
+
 
 def how(stages: list[StageRecord]) -> list[str]:
     return [f"{stage.how} {stage.place}" for stage in stages]

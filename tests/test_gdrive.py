@@ -215,6 +215,16 @@ def test_member_of_too_low_a_role_is_told_which_it_needs(team: Team, role: str) 
     assert "remote main" in said and "Make the service account a Content manager of the Shared Drive" in said
 
 
+def test_account_of_merge_requests_writes_below_their_folder_alone(team: Team) -> None:
+    team.preflight(CI_MERGE_REQUEST_IID="1")
+    folder = team.google.children(team.drive, "team")[0]
+    for title in ("store", "merge-requests"):
+        folder = team.google.children(folder.id, title)[0]
+    team.google.share(folder, viewer="fileOrganizer")
+    team.preflight(CI_MERGE_REQUEST_IID="7", **team.key("viewer"))
+    assert "may not write to remote main" in team.preflight(fails=True, **team.key("viewer"))
+
+
 def test_reason_for_which_google_lets_nobody_in_is_told_with_its_remedy(team: Team) -> None:
     said = team.preflight(fails=True, **team.key("stranger"))
     assert "File not found" in said and "add it as Content manager" in said

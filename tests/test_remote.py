@@ -71,10 +71,15 @@ def test_results_are_pushed_judged_and_restored_over(finished: Project, kind: st
         "journey: merge request: ['restored main', 'restored main', 'ran None']",
         "journey: faults of its lock: []",
         "journey: its next pipeline: ['restored main', 'restored main', 'restored merge-request']",
+        "journey: release: ['restored main', 'restored main', 'restored merge-request']",
+        "journey: release pushed: 1",
+        "journey: whole on the remote: 13",
     ]
-    main, request, again = (Project(tmp_path / name) for name in ("main", "request", "again"))
-    assert main.lock == finished.lock != request.lock == again.lock
-    for restored, origin in ((main, finished), (again, request)):
+    main, request, again, release = (
+        Project(tmp_path / name) for name in ("main", "request", "again", "release")
+    )
+    assert main.lock == finished.lock != request.lock == again.lock == release.lock
+    for restored, origin in ((main, finished), (again, request), (release, request)):
         for path in (
             "artifacts/train.txt",
             "artifacts/parts/3.txt",
@@ -85,9 +90,9 @@ def test_results_are_pushed_judged_and_restored_over(finished: Project, kind: st
     if kind in STORES:
         store = tmp_path / STORES[kind]
         outs = set(read_lock(finished.folder / "dvc.lock").outs.values())
-        assert len(stored(store)) == 13 and outs < stored(store)
-        assert (store / "dvc.lock").read_text() == finished.lock
         changed = set(read_lock(request.folder / "dvc.lock").outs.values()) - outs
+        assert len(stored(store)) == 14 and outs | changed < stored(store)
+        assert (store / "dvc.lock").read_text() == release.lock
         assert len(changed) == 1 and stored(store / "merge-requests/7") == changed
         assert (store / "merge-requests/7/dvc.lock").read_text() == request.lock
 

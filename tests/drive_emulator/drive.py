@@ -149,7 +149,7 @@ class GoogleDrive:
 
     def service_account(self, name: str = "runner") -> dict[str, str]:
         """A new account; its JSON key."""
-        email = f"{name}@team.iam.gserviceaccount.com"
+        email = email_of(name)
         private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         key_id = secrets.token_hex(20)
         self.accounts.setdefault(email, {})[key_id] = private.public_key()
@@ -196,8 +196,12 @@ class GoogleDrive:
     def my_drive_folder(self, title: str, owner: str, **shared: str) -> str:
         """Of a person, shared with accounts by name."""
         folder = self.add(title, [], owner=owner)
-        folder.shared = {f"{name}@team.iam.gserviceaccount.com": role for name, role in shared.items()}
+        self.share(folder, **shared)
         return folder.id
+
+    def share(self, file: File, **roles: str) -> None:
+        """With accounts by name; on a Shared Drive too, to members that have a lower role there."""
+        file.shared |= {email_of(name): role for name, role in roles.items()}
 
     def fail(self, reason: str, times: int, method: str | None = None) -> None:
         """The next requests, all of them or those of one method, are refused."""
@@ -289,15 +293,12 @@ class GoogleDrive:
     # who may do what ------------------------------------------------------------------------------------------------
 
     def role(self, file: File, email: str) -> int:
-        """Rank of the account's role; -1 where it sees nothing."""
-        if file.drive:
-            role = self.members[file.drive].get(email)
-            return ROLES.index(role) if role else -1
+        """Rank of the account's role, here or on a folder above (it never gets less); -1 where it sees nothing."""
         if file.owner == email:
             return len(ROLES)
-        above = max((self.role(self.files[parent], email) for parent in file.parents), default=-1)
-        above = min(above, ROLES.index("writer"))
-        return max(above, ROLES.index(file.shared[email]) if email in file.shared else -1)
+        given = [file.shared.get(email), self.members.get(file.id, {}).get(email)]
+        own = max((ROLES.index(role) for role in given if role), default=-1)
+        return max([own, *(self.role(self.files[parent], email) for parent in file.parents)])
 
     def visible(self, file_id: str, email: str, all_drives: bool) -> File:
         """Raises DriveError, 404: there is none, or the account may not know."""
@@ -523,6 +524,11 @@ class GoogleDrive:
             return len(upload.content)
         del self.uploads[upload_id]
         return self.insert(upload.email, upload.metadata, {"supportsAllDrives": "true"}, upload.content)
+
+
+def email_of(name: str) -> str:
+    """Of a service account."""
+    return f"{name}@team.iam.gserviceaccount.com"
 
 
 def decoded(text: str) -> bytes:

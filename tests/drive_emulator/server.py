@@ -5,6 +5,7 @@ changed in any way talks to www.googleapis.com and oauth2.googleapis.com, and ch
 """
 
 import datetime
+import ipaddress
 import json
 import re
 import ssl
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.drive_emulator.drive import DriveError, GoogleDrive, TokenError
+from tests.drive_emulator.drive import FIELDS, DriveError, GoogleDrive, TokenError
 
 HOSTS = ("www.googleapis.com", "oauth2.googleapis.com")
 
@@ -66,8 +67,6 @@ def authority(folder: Path, hosts: tuple[str, ...] = HOSTS) -> tuple[Path, Path]
 
 
 def alternative(host: str) -> x509.GeneralName:
-    import ipaddress
-
     if re.fullmatch(r"[\d.]+", host):
         return x509.IPAddress(ipaddress.ip_address(host))
     return x509.DNSName(host)
@@ -206,8 +205,6 @@ class Tunnel(BaseHTTPRequestHandler):
         """The fields that were asked for."""
         fields = parameters.get("fields", "*")
         if fields != "*":
-            from tests.drive_emulator.drive import FIELDS
-
             names = fields.split(",")
             for name in names:
                 if name not in FIELDS:
@@ -262,7 +259,7 @@ def emulated_drive(folder: Path) -> Iterator[tuple[GoogleDrive, dict[str, str]]]
     ca_file, chain_file = authority(folder)
     drive = GoogleDrive()
     with Proxy(drive, chain_file) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
         yield drive, {
             "https_proxy": f"http://127.0.0.1:{proxy.server_port}",
             "HTTPLIB2_CA_CERTS": str(ca_file),
