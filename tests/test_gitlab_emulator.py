@@ -34,7 +34,9 @@ def gitlab(server: GitLabEmulator) -> GitLabEmulator:
 
 @pytest.fixture
 def project(gitlab: GitLabEmulator) -> Project:
-    return python_gitlab.Gitlab(gitlab.url, private_token=gitlab.token).projects.get("g/proj")
+    """As a Developer's token with scope `api` sees it."""
+    token = gitlab.state.add_token(gitlab.project, "api", 30).value
+    return python_gitlab.Gitlab(gitlab.url, private_token=token).projects.get("g/proj")
 
 
 def api(
@@ -71,14 +73,14 @@ def test_each_kind_of_header_is_read(gitlab: GitLabEmulator) -> None:
     assert client.version()[0] == "18.6.0-ee"
 
     job = python_gitlab.Gitlab(gitlab.url, job_token=gitlab.job_token).projects.get(64, lazy=True)
-    assert job.mergerequests.get(3).notes.list(get_all=True) == []
+    assert job.releases.list(get_all=True) == []
 
 
 def test_job_token_cannot_write_notes_uploads_or_commit_comments(gitlab: GitLabEmulator) -> None:
     project = python_gitlab.Gitlab(gitlab.url, job_token=gitlab.job_token).projects.get(64, lazy=True)
 
     for write in (
-        lambda: project.mergerequests.get(3).notes.create({"body": "x"}),
+        lambda: project.mergerequests.get(3, lazy=True).notes.create({"body": "x"}),
         lambda: project.upload("a.png", filedata=b"x"),
         lambda: project.commits.get("a" * 40, lazy=True).comments.create({"note": "x"}),
     ):
@@ -385,11 +387,14 @@ def test_files_are_written_and_read(project: Project) -> None:
         project.files.create(file)
 
 
-def test_pipelines_are_started_by_api_and_by_trigger(gitlab: GitLabEmulator, project: Project) -> None:
+def test_pipelines_are_started_by_api_and_by_trigger(gitlab: GitLabEmulator) -> None:
+    token = gitlab.state.add_token(gitlab.project, "api", 40).value
+    project = python_gitlab.Gitlab(gitlab.url, private_token=token).projects.get("g/proj")
     project.pipelines.create({"ref": "main", "variables": [{"key": "A", "value": "1"}]})
     project.trigger_pipeline("main", gitlab.project.trigger_token, variables={"REASON": "drift"})
     url = f"{gitlab.url}/api/v4/projects/64/trigger/pipeline"
-    form = {"token": gitlab.job_token, "ref": "main", "variables[REASON]": "form"}
+    job_token = gitlab.state.add_token(gitlab.project, "job", 40).value
+    form = {"token": job_token, "ref": "main", "variables[REASON]": "form"}
     assert requests.post(url, data=form, timeout=10).status_code == 201
     assert requests.post(url, data=form | {"token": "wrong"}, timeout=10).status_code == 404
 

@@ -1,7 +1,5 @@
 """The emulated GitLab keeps real git: pushes over HTTP, protected branches, merges, jobs and their artifacts."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,21 +8,7 @@ import pytest
 import requests
 
 from tests.gitlab_emulator import GitLabEmulator
-
-IDENTITY = {
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "Dev"), ("EMAIL", "dev@localhost"))
-}
-
-
-def git(folder: Path, *arguments: str, fails: bool = False) -> str:
-    alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, env=os.environ | IDENTITY | alone
-    )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return (done.stderr if fails else done.stdout).strip()
+from tests.gitlab_emulator_fixtures import address, ask, git
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +41,8 @@ def work(gitlab: GitLabEmulator, tmp_path: Path) -> Path:
     return folder
 
 
-def address(gitlab: GitLabEmulator, scope: Any, level: int, user: str = "oauth2") -> str:
-    token = gitlab.state.add_token(gitlab.project, scope, level).value
-    return f"{gitlab.url.replace('//', f'//{user}:{token}@')}/g/proj.git"
-
-
 def api(gitlab: GitLabEmulator, method: str, path: str, level: int = 40, **options: Any) -> requests.Response:
-    token = gitlab.state.add_token(gitlab.project, "api", level).value
-    url = f"{gitlab.url}/api/v4/projects/64{path}"
-    return requests.request(method, url, headers={"PRIVATE-TOKEN": token}, timeout=10, **options)
+    return ask(gitlab, method, f"/projects/64{path}", "api", level, **options)
 
 
 def test_developer_pushes_branches_and_tags_but_not_a_protected_branch(
@@ -89,8 +66,7 @@ def test_protected_branch_is_not_rewritten_even_by_a_maintainer(gitlab: GitLabEm
 def test_tokens_that_may_not_push_are_refused(
     gitlab: GitLabEmulator, work: Path, scope: str, level: int
 ) -> None:
-    user = "gitlab-ci-token" if scope == "job" else "oauth2"
-    refused = address(gitlab, scope, level, user)
+    refused = address(gitlab, scope, level)
     git(work, "push", refused, "HEAD:refs/heads/other", fails=True)
     assert "refs/heads/other" not in git(work, "ls-remote", "origin")
     assert gitlab.project.pushes[-1].ref == "refs/heads/experiment"
@@ -99,7 +75,7 @@ def test_tokens_that_may_not_push_are_refused(
 def test_job_token_clones_and_pushes_only_where_the_project_allows_it(
     gitlab: GitLabEmulator, work: Path, tmp_path: Path
 ) -> None:
-    job = address(gitlab, "job", 40, "gitlab-ci-token")
+    job = address(gitlab, "job", 40)
     git(tmp_path, "clone", "--quiet", job, "clone")
     main = git(work, "ls-remote", "origin", "refs/heads/main").split()[0]
     assert git(tmp_path / "clone", "rev-parse", "HEAD") == main

@@ -9,14 +9,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 # Importing these registers their routes.
-from tests.gitlab_emulator import git, jobs, merge_requests, mlflow, pipelines, projects, releases, repository
-from tests.gitlab_emulator.auth import UNAUTHORIZED, authenticate, find_project, require_user
+from tests.gitlab_emulator import (
+    access,
+    git,
+    jobs,
+    merge_requests,
+    mlflow,
+    pipelines,
+    projects,
+    releases,
+    repository,
+)
+from tests.gitlab_emulator.auth import UNAUTHORIZED, authenticate, authorize, find_project
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
 from tests.gitlab_emulator.page import merge_request_page
 from tests.gitlab_emulator.routing import ApiError, Call, answer, not_found, read_body, route
+from tests.gitlab_emulator.starts import after_push
 from tests.gitlab_emulator.state import Project, State
 
-ROUTE_MODULES = (jobs, merge_requests, mlflow, pipelines, projects, releases, repository)
+ROUTE_MODULES = (access, jobs, merge_requests, mlflow, pipelines, projects, releases, repository)
 
 API = "/api/v4"
 UPLOAD_OF_ID = re.compile(r"/-/project/(?P<project>\d+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")
@@ -75,13 +86,17 @@ class App:
                 state=self.state,
                 token=authenticate(request, self.state, found),
             )
-            if "id" in arguments:
-                if not found.public:
-                    require_user(call.token, found.method)
-                call.project = self.project(arguments["id"]) if found.public else self.visible_project(call)
-                git.sync(call.project)
-            elif call.token is None:
+            if "id" in arguments and found.right.public:
+                call.project = self.project(arguments["id"])
+            elif "id" in arguments:
+                if call.token is None:
+                    raise not_found("Project") if found.method in ("GET", "HEAD") else UNAUTHORIZED
+                call.project = find_project(self.state, call["id"], call.token)
+                authorize(self.state, call.project, call.token, found)
+            elif call.token is None and not found.right.public:
                 raise UNAUTHORIZED
+            if "id" in arguments:
+                self.catch_up(call.project)
             return answer(found.handler(call), request.method)
 
     async def repository(self, request: Request, name: str, service: str) -> Response:
@@ -91,17 +106,18 @@ class App:
         body = await request.body()
         answered = await asyncio.to_thread(git.serve, request, body, project, self.state, service)
         with self.state.lock:
-            git.sync(project)
+            self.catch_up(project)
         return answered
 
-    def visible_project(self, call: Call) -> Project:
-        return find_project(self.state, call["id"], call.token)
+    def catch_up(self, project: Project) -> None:
+        for push in git.sync(project):
+            after_push(self.state, project, push)
 
     def project(self, name: str) -> Project:
-        for project in self.state.projects.values():
-            if name in (str(project.id), project.path):
-                return project
-        raise not_found("Project")
+        project = self.state.find_project(name)
+        if project is None:
+            raise not_found("Project")
+        return project
 
     def site(self, path: str) -> Response:
         """What a browser asks for, signed in or not: there is nothing to hide in a test."""

@@ -1,10 +1,11 @@
 """The bare repository behind a project: questions that the API asks of it, and git over HTTP as GitLab guards it.
 
-`git http-backend`, which comes with git, speaks the protocol. An `update` hook turns away what a protected branch does
-not allow (doc/user/project/repository/branches/protected.md), a `post-receive` hook keeps a record of what came.
+`git http-backend`, which comes with git, speaks the protocol. A `pre-receive` hook turns away what protected branches and
+tags do not allow (protection.py), a `post-receive` hook keeps a record of what came.
 """
 
 import base64
+import gzip
 import os
 import subprocess
 from pathlib import Path
@@ -12,43 +13,50 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tests.gitlab_emulator.protection import refused_push
+from tests.gitlab_emulator.rights import DEVELOPER, REPORTER
 from tests.gitlab_emulator.state import Project, Push, State, Token
 
 ZEROS = "0" * 40
 RECEIVED = "gitlab-received"  # file in the repository: one line for each ref of a push by HTTP
 SERVICES = ("info/refs", "git-upload-pack", "git-receive-pack")
-TAG_LEVEL = 30  # developers make tags
+CHANGES = ("create", "update", "rewrite", "delete")
+DENIED = (
+    "HTTP Basic: Access denied. If a password was provided for Git authentication, the password was incorrect or "
+    "you're required to use a token instead of a password. If a token was provided, it was either incorrect, "
+    "expired, or improperly scoped."
+)
+HIDDEN = "The project you were looking for could not be found or you don't have permission to view it."
 
-UPDATE = """#!/bin/sh
-# ref, before, after; a push past the server (by path) has no level and may do anything
-[ -n "$GITLAB_LEVEL" ] || exit 0
-case "$1" in
-refs/heads/*) needed=$(git config "gitlab.protected-${1#refs/heads/}.level" || echo 30) ;;
-*) needed=30 ;;
-esac
-if [ "$GITLAB_LEVEL" -lt "$needed" ]; then
-    echo "GitLab: You are not allowed to push code to protected branches on this project." >&2
-    exit 1
-fi
-case "$1" in
-refs/heads/*)
-    if [ "$needed" -gt 30 ] && [ "$2" != ZEROS ] && ! git merge-base --is-ancestor "$2" "$3"; then
-        echo "GitLab: You are not allowed to force push code to a protected branch on this project." >&2
-        exit 1
-    fi ;;
-esac
+# A push past the server (by path) has no user and may do anything. One refused ref refuses the whole push.
+PRE_RECEIVE = """#!/bin/sh
+[ -n "$GITLAB_USER" ] || exit 0
+while read -r before after ref; do
+    if [ "$after" = ZEROS ]; then change=delete
+    elif [ "$before" = ZEROS ]; then change=create
+    elif git merge-base --is-ancestor "$before" "$after" 2>/dev/null; then change=update
+    else change=rewrite; fi
+    while IFS= read -r line; do
+        case "$line" in "$change $ref "*)
+            echo "GitLab: ${line#"$change $ref "}" >&2
+            exit 1 ;;
+        esac
+    done <<END
+$GITLAB_REFUSALS
+END
+done
 """.replace("ZEROS", ZEROS)
 
 POST_RECEIVE = f"""#!/bin/sh
-[ -n "$GITLAB_LEVEL" ] || exit 0
+[ -n "$GITLAB_USER" ] || exit 0
 options=""
 number=0
 while [ "$number" -lt "${{GIT_PUSH_OPTION_COUNT:-0}}" ]; do
-    eval "options=\\"$options $(printf '$GIT_PUSH_OPTION_%s' "$number")\\""
+    eval "options=\\"$options	$(printf '$GIT_PUSH_OPTION_%s' "$number")\\""
     number=$((number + 1))
 done
 while read -r before after ref; do
-    echo "$ref $before $after $GITLAB_USER$options" >> {RECEIVED}
+    echo "$ref	$before	$after	$GITLAB_USER	$GITLAB_KIND$options" >> {RECEIVED}
 done
 """
 
@@ -79,9 +87,7 @@ def prepare(project: Project, repository: Path) -> None:
         git(repository, "init", "--quiet", "--bare", f"--initial-branch={project.default_branch}")
     git(repository, "config", "http.receivepack", "true")
     git(repository, "config", "receive.advertisePushOptions", "true")
-    for branch, level in project.protected.items():
-        git(repository, "config", f"gitlab.protected-{branch}.level", str(level))
-    for name, text in (("update", UPDATE), ("post-receive", POST_RECEIVE)):
+    for name, text in (("pre-receive", PRE_RECEIVE), ("post-receive", POST_RECEIVE)):
         hook = repository / "hooks" / name
         hook.parent.mkdir(exist_ok=True)
         hook.write_text(text)
@@ -89,11 +95,11 @@ def prepare(project: Project, repository: Path) -> None:
     project.repository = repository
 
 
-def sync(project: Project) -> None:
-    """Bring open merge requests up to their source branches, as a push to GitLab does, and read what was pushed."""
+def sync(project: Project) -> list[Push]:
+    """Bring open merge requests up to their source branches, as a push to GitLab does; what was pushed since, by HTTP."""
     repository = project.repository
     if repository is None:
-        return
+        return []
     listed = git(repository, "for-each-ref", "--format=%(refname) %(objectname)", "refs/heads")
     heads = dict(line.split() for line in listed.splitlines())
     for merge_request in project.merge_requests.values():
@@ -102,27 +108,28 @@ def sync(project: Project) -> None:
             continue
         if sha != merge_request.sha or not merge_request.commits:
             merge_request.sha = sha
-            span = f"{project.default_branch}..{sha}"
+            span = f"{merge_request.target_branch}..{sha}"
             merge_request.commits = git(repository, "rev-list", span, check=False).split()
             git(repository, "update-ref", f"refs/merge-requests/{merge_request.iid}/head", sha)
-    received = repository / RECEIVED
-    if received.exists():
-        lines = received.read_text().splitlines()
-        for line in lines[len(project.pushes) :]:
-            ref, before, after, username, *options = line.split()
-            project.pushes.append(Push(ref, before, after, username, tuple(options)))
+    received, known = repository / RECEIVED, len(project.pushes)
+    for line in received.read_text().splitlines()[known:] if received.exists() else []:
+        ref, before, after, username, kind, *options = line.split("\t")
+        project.pushes.append(Push(ref, before, after, username, tuple(options), kind == "job"))
+    return project.pushes[known:]
 
 
 class Conflict(Exception):
     """Git cannot merge the branch."""
 
 
-def merge(project: Project, sha: str, iid: int, title: str, source: str, squash: bool) -> tuple[str, str]:
-    """Merge `sha` into the default branch: the merge commit and the squash commit, "" where there is none.
+def merge(
+    project: Project, branch: str, sha: str, iid: int, title: str, source: str, squash: bool
+) -> tuple[str, str]:
+    """Merge `sha` into the branch: the merge commit and the squash commit, "" where there is none.
 
     Raises Conflict when it conflicts, or would need a rebase for a fast-forward.
     """
-    repository, branch = project.repository, project.default_branch
+    repository = project.repository
     assert repository is not None
     tip = git(repository, "rev-parse", branch)
     forward = git(repository, "merge-base", tip, sha) == tip
@@ -153,23 +160,71 @@ def basic_token(request: Request, state: State) -> Token | None:
     except ValueError:
         return None
     token = state.tokens.get(password)
-    if token is not None and token.scope == "job" and username != "gitlab-ci-token":
+    if token is None or token.expired or token.revoked:
+        return None
+    if token.is_job != (username == "gitlab-ci-token"):
         return None
     return token
+
+
+def abilities(token: Token) -> set[str]:
+    """What its scopes allow over git, whatever its role: Gitlab::Auth#abilities_for_scopes."""
+    if token.scopes & {"api", "write_repository", "job"}:
+        return {"download", "push"}
+    return {"download"} if "read_repository" in token.scopes else set()
+
+
+def pushed_refs(body: bytes, encoding: str) -> list[str]:
+    """The refs that a push wants to change: git's pkt-lines `<before> <after> <ref>`, up to the first flush."""
+    data = gzip.decompress(body) if encoding == "gzip" else body
+    refs = []
+    while len(data) > 4 and (length := int(data[:4], 16)) > 4:
+        command, data = data[4:length].partition(b"\0")[0], data[length:]
+        refs.append(command.decode().split(" ", 2)[2].strip())
+    return refs
+
+
+def refusals(project: Project, token: Token, refs: list[str]) -> str:
+    """A line for each change of each ref that the token's user may not make: `<change> <ref> <why>`."""
+    rules = (project.protected_branches, project.protected_tags, project.default_branch)
+    return "\n".join(
+        f"{change} {ref} {why}"
+        for ref in refs
+        for change in CHANGES
+        if (why := refused_push(ref, change, token.access_level, *rules)) is not None
+    )
+
+
+def refused(token: Token | None, project: Project, writes: bool) -> Response | None:
+    """The answer to a git client that may not fetch, or not push at all: lib/gitlab/git_access.rb."""
+    if token is None or ("push" if writes else "download") not in abilities(token):
+        return _told(DENIED, 401, {"WWW-Authenticate": 'Basic realm="GitLab"'})
+    if project.id not in token.project_ids:
+        return _told(HIDDEN, 404)
+    if writes and token.is_job and not project.job_token_may_push:
+        return _told("You are not allowed to upload code.", 403)
+    if writes and token.access_level < DEVELOPER:
+        return _told("You are not allowed to push code to this project.", 403)
+    if token.access_level < REPORTER:
+        return _told("You are not allowed to download code from this project.", 403)
+    return None
+
+
+def _told(text: str, status: int, headers: dict[str, str] | None = None) -> Response:
+    """git shows a plain text as `remote: …`."""
+    return Response(text, status, headers, "text/plain")
 
 
 def serve(request: Request, body: bytes, project: Project, state: State, service: str) -> Response:
     """Answer one request of a git client. Blocks while git runs."""
     token = basic_token(request, state)
-    if token is None or project.id not in token.project_ids or token.scope == "read_api":
-        return Response(
-            "HTTP Basic: Access denied.", 401, headers={"WWW-Authenticate": 'Basic realm="GitLab"'}
-        )
     writes = "git-receive-pack" in (service, request.query_params.get("service"))
-    if writes and token.scope == "job" and not project.job_token_may_push:
-        return Response("You are not allowed to upload code.", 403)
-    if writes and token.access_level < TAG_LEVEL:
-        return Response("You are not allowed to push code to this project.", 403)
+    answer = refused(token, project, writes)
+    if answer is not None:
+        return answer
+    assert token is not None
+    encoding = request.headers.get("content-encoding", "")
+    refs = pushed_refs(body, encoding) if service == "git-receive-pack" else []
     assert project.repository is not None
     environment = {
         "PATH": os.environ["PATH"],
@@ -180,16 +235,19 @@ def serve(request: Request, body: bytes, project: Project, state: State, service
         "QUERY_STRING": request.url.query,
         "CONTENT_TYPE": request.headers.get("content-type", ""),
         "CONTENT_LENGTH": str(len(body)),
-        "HTTP_CONTENT_ENCODING": request.headers.get("content-encoding", ""),
+        "HTTP_CONTENT_ENCODING": encoding,
         "GIT_PROTOCOL": request.headers.get("git-protocol", ""),
         "REMOTE_USER": token.user.username,
         "REMOTE_ADDR": "127.0.0.1",
         "GITLAB_USER": token.user.username,
-        "GITLAB_LEVEL": str(token.access_level),
+        "GITLAB_KIND": "job" if token.is_job else "user",
+        "GITLAB_REFUSALS": refusals(project, token, refs),
         # of another user than the server's, as the repository of a test in a container may be
-        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_COUNT": "2",
         "GIT_CONFIG_KEY_0": "safe.directory",
         "GIT_CONFIG_VALUE_0": "*",
+        "GIT_CONFIG_KEY_1": "receive.hideRefs",
+        "GIT_CONFIG_VALUE_1": "refs/merge-requests",
     }
     done = subprocess.run(["git", "http-backend"], input=body, capture_output=True, env=environment)
     head, _, content = done.stdout.partition(b"\r\n\r\n")

@@ -7,8 +7,10 @@ from typing import Any
 from starlette.responses import Response
 
 from tests.gitlab_emulator.paging import paged
+from tests.gitlab_emulator.rights import number
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import Job, Json
+from tests.gitlab_emulator.traces import as_sent
 from tests.gitlab_emulator.views import job_json
 
 
@@ -17,6 +19,13 @@ def find_pipeline(call: Call) -> Json:
         if str(pipeline["id"]) == call["pipeline_id"]:
             return pipeline
     raise not_found()
+
+
+def pipeline_json(call: Call, pipeline: Json) -> Json:
+    """Without its variables, which have a route of their own."""
+    hidden = ("variables", "user")
+    shown = {name: value for name, value in pipeline.items() if name not in hidden}
+    return shown | {"web_url": f"{call.project_url}/-/pipelines/{pipeline['id']}"}
 
 
 def _find_job(call: Call) -> tuple[Job, Json]:
@@ -28,18 +37,25 @@ def _find_job(call: Call) -> tuple[Job, Json]:
 
 
 def _latest(call: Call) -> Job:
-    """The job of that name in the newest successful pipeline of the ref; an older pipeline's is not looked for."""
+    """The job of that name in the newest successful pipeline of the ref; an older pipeline's is not looked for.
+
+    Project#latest_successful_build_for_ref!: success is the whole pipeline's, `refs/merge-requests/N/head`, `merge` and
+    `train` are refs of their own, and a merged merge request's pipelines stay on them. GitLab 18.8 and newer look on
+    with `search_recent_successful_pipelines`.
+    """
     [name] = call.require("job")
+    searching = str(call.query.get("search_recent_successful_pipelines", "")).lower() == "true"
     for pipeline in reversed(call.project.pipelines):
         if pipeline["ref"] == call["ref"] and pipeline["status"] == "success":
             for job in call.project.jobs.get(pipeline["id"], []):
-                if job.name == name and job.artifacts:
+                if job.name == name and job.kept:
                     return job
-            break
+            if not searching or number(call.state.version) < (18, 8):
+                break
     raise not_found()
 
 
-@route("GET", "/projects/:id/pipelines/:pipeline_id/jobs", job_token=True)
+@route("GET", "/projects/:id/pipelines/:pipeline_id/jobs")
 def list_jobs(call: Call) -> Any:
     """Newest first; `scope` is one status or several."""
     pipeline = find_pipeline(call)
@@ -49,42 +65,43 @@ def list_jobs(call: Call) -> Any:
     return paged(call, jobs, path, lambda job: job_json(job, pipeline, call.project, call.base_url))
 
 
-@route("GET", "/projects/:id/jobs/:job_id", job_token=True)
+@route("GET", "/projects/:id/jobs/:job_id")
 def get_job(call: Call) -> Any:
     return job_json(*_find_job(call), call.project, call.base_url)
 
 
 @route("GET", "/projects/:id/jobs/:job_id/trace")
 def get_trace(call: Call) -> Any:
-    return Response(_find_job(call)[0].trace, media_type="text/plain")
+    job, _ = _find_job(call)
+    return Response(as_sent(job.trace, call.state.runner, job.status), media_type="text/plain")
 
 
-@route("GET", "/projects/:id/jobs/:job_id/artifacts", job_token=True)
+@route("GET", "/projects/:id/jobs/:job_id/artifacts")
 def get_archive(call: Call) -> Any:
     return _archive(_find_job(call)[0])
 
 
-@route("GET", "/projects/:id/jobs/:job_id/artifacts/*path", job_token=True)
+@route("GET", "/projects/:id/jobs/:job_id/artifacts/*path")
 def get_artifact(call: Call) -> Any:
     return _file(_find_job(call)[0], call["path"])
 
 
-@route("GET", "/projects/:id/jobs/artifacts/*ref/download", job_token=True)
+@route("GET", "/projects/:id/jobs/artifacts/*ref/download")
 def get_latest_archive(call: Call) -> Any:
     return _archive(_latest(call))
 
 
-@route("GET", "/projects/:id/jobs/artifacts/*ref/raw/*path", job_token=True)
+@route("GET", "/projects/:id/jobs/artifacts/*ref/raw/*path")
 def get_latest_artifact(call: Call) -> Any:
     return _file(_latest(call), call["path"])
 
 
 def _archive(job: Job) -> Response:
-    if not job.artifacts:
+    if not job.kept:
         raise not_found()
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for path, content in job.artifacts.items():
+        for path, content in job.kept.items():
             archive.writestr(path, content)
     return Response(packed.getvalue(), media_type="application/zip")
 
@@ -92,6 +109,6 @@ def _archive(job: Job) -> Response:
 def _file(job: Job, path: str) -> Response:
     if ".." in path.split("/"):
         raise ApiError(400, {"error": "artifact_path should be a valid file path"})
-    if path not in job.artifacts:
+    if path not in job.kept:
         raise not_found()
-    return Response(job.artifacts[path], media_type="application/octet-stream")
+    return Response(job.kept[path], media_type="application/octet-stream")

@@ -4,23 +4,26 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from tests.gitlab_emulator.git import Conflict, merge
+from tests.gitlab_emulator.git import Conflict, git, merge, sync
+from tests.gitlab_emulator.jobs import pipeline_json
 from tests.gitlab_emulator.paging import paged
+from tests.gitlab_emulator.protection import may_merge
 from tests.gitlab_emulator.quick_actions import extract
 from tests.gitlab_emulator.repository import commit_json
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
-from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, now
+from tests.gitlab_emulator.starts import after_opening, after_push, start
+from tests.gitlab_emulator.state import MergeRequest, Note, Push, QuickAction, now
 from tests.gitlab_emulator.views import merge_request_json, note_json
 
 NOTE_LIMIT = 1_000_000  # characters
-MAINTAINER = 40
 
 
 def _json(call: Call, merge_request: MergeRequest) -> dict[str, Any]:
     return merge_request_json(merge_request, call.project, call.base_url)
 
 
-@route("GET", "/projects/:id/merge_requests", job_token=True)
+@route("GET", "/projects/:id/merge_requests")
 def list_merge_requests(call: Call) -> Any:
     """By created_at, or updated_at with order_by; newest first unless sort=asc."""
     key = "updated_at" if call.query.get("order_by") == "updated_at" else "created_at"
@@ -54,18 +57,23 @@ def create_merge_request(call: Call) -> Any:
     assert call.token is not None
     fields = {"source_branch": source, "target_branch": target, "title": title, "author": call.token.user}
     created = call.state.add_merge_request(call.project, **fields, description=call.get("description", ""))
+    sync(call.project)
+    after_opening(call.state, call.project, created, call.token.user, call.token.access_level)
     return _json(call, created)
 
 
-@route("GET", "/projects/:id/merge_requests/:iid", job_token=True)
+@route("GET", "/projects/:id/merge_requests/:iid")
 def get_merge_request(call: Call) -> Any:
     return _json(call, call.merge_request)
 
 
 @route("PUT", "/projects/:id/merge_requests/:iid")
 def update_merge_request(call: Call) -> Any:
-    """title, description, state_event, labels (replaces), add_labels, remove_labels."""
+    """title, description, state_event, labels (replaces), add_labels, remove_labels: by its author or a Developer."""
     merge_request = call.merge_request
+    assert call.token is not None
+    if call.token.access_level < DEVELOPER and merge_request.author != call.token.user:
+        raise ApiError(403, "403 Forbidden")
     merge_request.title = call.get("title", merge_request.title)
     merge_request.description = call.get("description", merge_request.description)
     events = {"close": "closed", "reopen": "opened", None: merge_request.state}
@@ -80,19 +88,24 @@ def update_merge_request(call: Call) -> Any:
 
 @route("PUT", "/projects/:id/merge_requests/:iid/merge")
 def merge_merge_request(call: Call) -> Any:
-    """By the project's merge method; `squash` and `sha`, the head that is meant. Needs a repository."""
-    merge_request = call.merge_request
+    """By the project's merge method; `squash` and `sha`, the head that is meant. Needs a repository.
+
+    401 for somebody whom the target branch's protection does not let merge (MergeRequest#can_be_merged_by?).
+    """
+    merge_request, project = call.merge_request, call.project
     assert call.token is not None
-    if call.token.access_level < MAINTAINER:
+    if not may_merge(merge_request.target_branch, call.token.access_level, project.protected_branches):
         raise ApiError(401, "401 Unauthorized")
     if merge_request.state != "opened" or call.project.repository is None:
         raise ApiError(405, "405 Method Not Allowed")
     if call.get("sha") not in (None, merge_request.sha):
         raise ApiError(409, "SHA does not match HEAD of source branch")
     squash = str(call.get("squash", "false")).lower() == "true"
+    before = git(project.repository, "rev-parse", merge_request.target_branch)
     try:
         merged, squashed = merge(
-            call.project,
+            project,
+            merge_request.target_branch,
             merge_request.sha,
             merge_request.iid,
             merge_request.title,
@@ -104,6 +117,9 @@ def merge_merge_request(call: Call) -> Any:
     merge_request.state = "merged"
     merge_request.merged_at = merge_request.updated_at = now()
     merge_request.merge_commit_sha, merge_request.squash_commit_sha = merged or None, squashed or None
+    ref = f"refs/heads/{merge_request.target_branch}"
+    after = git(project.repository, "rev-parse", ref)
+    after_push(call.state, project, Push(ref, before, after, call.token.user.username, ()))
     return _json(call, merge_request)
 
 
@@ -115,10 +131,25 @@ def list_commits(call: Call) -> Any:
 
 @route("GET", "/projects/:id/merge_requests/:iid/pipelines")
 def list_pipelines(call: Call) -> Any:
-    """Newest first: those of its head and of its merged result."""
-    refs = {f"refs/merge-requests/{call.merge_request.iid}/{kind}" for kind in ("head", "merge")}
+    """Newest first: those of its head, of its merged result and of its merge train; and those of its branch's pushes."""
+    merge_request = call.merge_request
+    refs = {f"refs/merge-requests/{merge_request.iid}/{kind}" for kind in ("head", "merge", "train")}
     found = [pipeline for pipeline in call.project.pipelines[::-1] if pipeline["ref"] in refs]
-    return paged(call, found, f"/projects/{call.project.id}/merge_requests/{call['iid']}/pipelines")
+    path = f"/projects/{call.project.id}/merge_requests/{call['iid']}/pipelines"
+    return paged(call, found, path, lambda pipeline: pipeline_json(call, pipeline))
+
+
+@route("POST", "/projects/:id/merge_requests/:iid/pipelines")
+def create_merge_request_pipeline(call: Call) -> Any:
+    """Run by hand: `[skip ci]` counts for nothing. One of its head; merged results are for Premium."""
+    merge_request, token = call.merge_request, call.token
+    assert token is not None
+    ref = f"refs/merge-requests/{merge_request.iid}/head"
+    options = {"sha": merge_request.sha}
+    made = start(
+        call.state, call.project, ref, "merge_request_event", token.user, {}, token.access_level, **options
+    )
+    return pipeline_json(call, made)
 
 
 def _names(value: Any) -> list[str]:
@@ -134,7 +165,7 @@ def _note_json(call: Call, note: Note) -> dict[str, Any]:
     return note_json(note, call.merge_request, call.project, call.base_url)
 
 
-@route("GET", NOTES, job_token=True)
+@route("GET", NOTES)
 def list_notes(call: Call) -> Any:
     """Newest first unless sort=asc; by created_at unless order_by=updated_at. System notes are in the list."""
     key = "updated_at" if call.query.get("order_by") == "updated_at" else "created_at"
@@ -157,7 +188,7 @@ def create_note(call: Call) -> Any:
     return _note_json(call, call.state.add_note(merge_request, body, call.token.user))
 
 
-@route("GET", f"{NOTES}/:note_id", job_token=True)
+@route("GET", f"{NOTES}/:note_id")
 def get_note(call: Call) -> Any:
     return _note_json(call, _find_note(call))
 

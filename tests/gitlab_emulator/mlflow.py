@@ -503,7 +503,7 @@ def get_artifact(call: Call, registry: Registry) -> Any:
     return served(registry.files_of(call["version_id"]), call["path"])
 
 
-@route("PUT", FILES, job_token=True)
+@route("PUT", FILES)
 def put_file(call: Call) -> Any:
     assert call.token is not None
     if call.token.access_level < DEVELOPER:
@@ -514,7 +514,7 @@ def put_file(call: Call) -> Any:
     return JSONResponse({"message": "201 Created"}, 201)
 
 
-@route("GET", FILES, job_token=True)
+@route("GET", FILES)
 def get_file(call: Call) -> Any:
     return served(registry_of(call.project).files_of(call["version_id"]), call["path"])
 

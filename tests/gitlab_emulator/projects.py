@@ -12,24 +12,46 @@ from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import Project, Upload
 from tests.gitlab_emulator.views import project_json, user_json
 
-VERSION = {"version": "18.6.0-ee", "revision": "0123456789a", "enterprise": True, "kas": {"enabled": False}}
-
 
 @route("GET", "/version")
 @route("GET", "/metadata")
 def version(call: Call) -> Any:
-    return VERSION
+    told = {"version": f"{call.state.version}.0-ee", "revision": "0123456789a", "enterprise": True}
+    return told | {"kas": {"enabled": False}}
 
 
 @route("GET", "/user")
 def user(call: Call) -> Any:
     assert call.token is not None
-    return user_json(call.token.user, call.base_url)
+    return user_json(call.token.user, call.base_url) | {"bot": "_bot_" in call.token.user.username}
 
 
 @route("GET", "/projects/:id")
 def get_project(call: Call) -> Any:
-    return project_json(call.project, call.base_url)
+    assert call.token is not None
+    return project_json(call.project, call.base_url, call.token)
+
+
+@route("GET", "/projects")
+def list_projects(call: Call) -> Any:
+    """Those that the token's user is a member of."""
+    token = call.token
+    assert token is not None
+    found = [known for known in call.state.projects.values() if known.id in token.project_ids]
+    return paged(call, found, "/projects", lambda known: project_json(known, call.base_url, token))
+
+
+@route("PUT", "/projects/:id")
+def update_project(call: Call) -> Any:
+    """Its merge method, and two of its settings for CI/CD."""
+    project, token = call.project, call.token
+    assert token is not None
+    project.merge_method = call.get("merge_method", project.merge_method)
+    name = "ci_pipeline_variables_minimum_override_role"
+    project.pipeline_variables_role = call.get(name, project.pipeline_variables_role)
+    may_push = call.get("ci_push_repository_for_job_token_allowed", project.job_token_may_push)
+    project.job_token_may_push = str(may_push).lower() == "true"
+    return project_json(project, call.base_url, token)
 
 
 @route("GET", "/projects/:id/labels")

@@ -4,12 +4,21 @@ from typing import Any
 
 from tests.gitlab_emulator.git import git
 from tests.gitlab_emulator.paging import paged
+from tests.gitlab_emulator.protection import may_create_tag, rules_of
+from tests.gitlab_emulator.rights import MAINTAINER
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import Json, Project, now
 
 RELEASES = "/projects/:id/releases"
+PROTECTED = "You are not allowed to create this tag as it is protected."
 LINK_TYPES = ("other", "runbook", "image", "package")
-DEVELOPER = 30
+
+
+def check_tag_right(call: Call, tag: str, told: str = "403 Forbidden") -> None:
+    """Raises ApiError for a release of a tag that the token's user may not create: ReleasePolicy, for its links as well."""
+    assert call.token is not None
+    if not may_create_tag(tag, call.token.access_level, call.project.protected_tags):
+        raise ApiError(403, told)
 
 
 def all_tags(project: Project) -> dict[str, Json]:
@@ -28,7 +37,6 @@ def all_tags(project: Project) -> dict[str, Json]:
             "message": text,
             "target": target,
             "commit": commit,
-            "protected": False,
         }
     return found
 
@@ -42,7 +50,6 @@ def add_tag(call: Call, name: str, ref: str, message: str = "") -> Json:
             "message": message,
             "target": ref,
             "commit": {"id": ref},
-            "protected": False,
         }
         return project.tags[name]
     commit = git(project.repository, "rev-parse", "--verify", f"{ref}^{{commit}}", check=False)
@@ -53,38 +60,63 @@ def add_tag(call: Call, name: str, ref: str, message: str = "") -> Json:
     return all_tags(project)[name]
 
 
-@route("GET", "/projects/:id/repository/tags", job_token=True)
+@route("GET", "/projects/:id/repository/tags")
 def list_tags(call: Call) -> Any:
-    tags = list(all_tags(call.project).values())[::-1]
-    return paged(call, tags, f"/projects/{call.project.id}/repository/tags")
+    rules = call.project.protected_tags
+    tags = [
+        tag | {"protected": bool(rules_of(tag["name"], rules))} for tag in all_tags(call.project).values()
+    ]
+    return paged(call, tags[::-1], f"/projects/{call.project.id}/repository/tags")
 
 
 @route("POST", "/projects/:id/repository/tags")
 def create_tag(call: Call) -> Any:
     name, ref = call.require("tag_name", "ref")
+    assert call.token is not None
+    if not may_create_tag(name, call.token.access_level, call.project.protected_tags):
+        raise ApiError(400, PROTECTED)
     if name in all_tags(call.project):
         raise ApiError(400, f"Tag {name} already exists")
     return add_tag(call, name, ref, call.get("message", ""))
 
 
-@route("GET", "/projects/:id/repository/tags/:tag", job_token=True)
+@route("GET", "/projects/:id/repository/tags/:tag")
 def get_tag(call: Call) -> Any:
     tags = all_tags(call.project)
     if call["tag"] not in tags:
         raise not_found("Tag")
-    return tags[call["tag"]]
+    return tags[call["tag"]] | {"protected": bool(rules_of(call["tag"], call.project.protected_tags))}
 
 
-@route("GET", RELEASES, job_token=True)
+@route("DELETE", "/projects/:id/repository/tags/:tag")
+def delete_tag(call: Call) -> Any:
+    """A protected one goes by a Maintainer's hand only, here and not by git."""
+    name, project = call["tag"], call.project
+    if name not in all_tags(project):
+        raise not_found("Tag")
+    assert call.token is not None
+    if rules_of(name, project.protected_tags) and call.token.access_level < MAINTAINER:
+        raise ApiError(403, "403 Forbidden")
+    if project.repository is None:
+        del project.tags[name]
+    else:
+        git(project.repository, "tag", "--delete", name)
+
+
+@route("GET", RELEASES)
 def list_releases(call: Call) -> Any:
     """By the time of the release, newest first."""
     return paged(call, list(call.project.releases.values())[::-1], f"/projects/{call.project.id}/releases")
 
 
-@route("POST", RELEASES, job_token=True)
+@route("POST", RELEASES)
 def create_release(call: Call) -> Any:
-    """409 if there is one. Makes the tag from `ref` where it is missing; 422 if that is missing too."""
+    """409 if there is one. Makes the tag from `ref` where it is missing; 422 if that is missing too.
+
+    403 for a protected tag that one may not create, be it there or not (Releases::CreateService).
+    """
     [tag] = call.require("tag_name")
+    check_tag_right(call, tag, PROTECTED)
     if tag in call.project.releases:
         raise ApiError(409, "Release already exists")
     links = [_checked_link(call, link, []) for link in (call.get("assets") or {}).get("links", [])]
@@ -106,30 +138,32 @@ def create_release(call: Call) -> Any:
     return release
 
 
-def _release(call: Call) -> Json:
+def _release(call: Call, to_write: bool = False) -> Json:
     if call["tag"] not in call.project.releases:
         raise not_found()
+    if to_write:
+        check_tag_right(call, call["tag"])
     return call.project.releases[call["tag"]]
 
 
-@route("GET", f"{RELEASES}/:tag", job_token=True)
+@route("GET", f"{RELEASES}/:tag")
 def get_release(call: Call) -> Any:
     return _release(call)
 
 
-@route("PUT", f"{RELEASES}/:tag", job_token=True)
+@route("PUT", f"{RELEASES}/:tag")
 def update_release(call: Call) -> Any:
     """name, description, released_at. Links have routes of their own."""
-    release = _release(call)
+    release = _release(call, to_write=True)
     for name in ("name", "description", "released_at"):
         release[name] = call.get(name, release[name])
     return release
 
 
-@route("DELETE", f"{RELEASES}/:tag", job_token=True)
+@route("DELETE", f"{RELEASES}/:tag")
 def delete_release(call: Call) -> Any:
     """The tag stays."""
-    release = _release(call)
+    release = _release(call, to_write=True)
     del call.project.releases[call["tag"]]
     return release
 
@@ -152,22 +186,22 @@ def _checked_link(call: Call, link: Json, others: list[Json]) -> Json:
     return {"id": call.state.new_id(), "link_type": link.get("link_type", "other"), **kept}
 
 
-@route("GET", LINKS, job_token=True)
+@route("GET", LINKS)
 def list_links(call: Call) -> Any:
     path = f"/projects/{call.project.id}/releases/{call['tag']}/assets/links"
     return paged(call, _release(call)["assets"]["links"][::-1], path)
 
 
-@route("POST", LINKS, job_token=True)
+@route("POST", LINKS)
 def create_link(call: Call) -> Any:
-    links = _release(call)["assets"]["links"]
+    links = _release(call, to_write=True)["assets"]["links"]
     links.append(_checked_link(call, call.data, links))
     return links[-1]
 
 
-@route("PUT", f"{LINKS}/:link_id", job_token=True)
+@route("PUT", f"{LINKS}/:link_id")
 def update_link(call: Call) -> Any:
-    links = _release(call)["assets"]["links"]
+    links = _release(call, to_write=True)["assets"]["links"]
     for place, link in enumerate(links):
         if str(link["id"]) == call["link_id"]:
             others = links[:place] + links[place + 1 :]
@@ -176,9 +210,9 @@ def update_link(call: Call) -> Any:
     raise not_found()
 
 
-@route("DELETE", f"{LINKS}/:link_id", job_token=True)
+@route("DELETE", f"{LINKS}/:link_id")
 def delete_link(call: Call) -> Any:
-    links = _release(call)["assets"]["links"]
+    links = _release(call, to_write=True)["assets"]["links"]
     for link in links:
         if str(link["id"]) == call["link_id"]:
             links.remove(link)

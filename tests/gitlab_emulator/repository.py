@@ -28,7 +28,7 @@ def merge_requests_of_commit(call: Call) -> Any:
     return paged(call, items, f"/projects/{call.project.id}/repository/commits/{call['sha']}/merge_requests")
 
 
-@route("GET", COMMIT, job_token=True)
+@route("GET", COMMIT)
 def get_commit(call: Call) -> Any:
     return commit_json(call, call["sha"])
 
@@ -101,7 +101,7 @@ def _file(call: Call) -> tuple[str, bytes]:
     return ref, content
 
 
-@route("GET", "/projects/:id/repository/files/:path/raw", job_token=True)
+@route("GET", "/projects/:id/repository/files/:path/raw")
 def get_raw_file(call: Call) -> Any:
     return Response(_file(call)[1], media_type="text/plain")
 

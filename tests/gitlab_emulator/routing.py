@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tests.gitlab_emulator.rights import Right, right
 from tests.gitlab_emulator.state import MergeRequest, Project, State, Token
 
 
@@ -79,26 +80,28 @@ Handler = Callable[[Call], Any]
 
 @dataclass(frozen=True)
 class Route:
-    """`job_token`: whether CI_JOB_TOKEN is accepted here (doc/ci/jobs/ci_job_token.md lists where it is)."""
-
     method: str
+    path: str
     pattern: re.Pattern[str]
     handler: Handler
-    job_token: bool
-    public: bool
+    right: Right
 
 
 class Router:
     def __init__(self) -> None:
         self.routes: list[Route] = []
 
-    def __call__(self, method: str, path: str, job_token: bool = False, public: bool = False) -> Any:
-        """Decorator for a handler of `method` `path`, in which `:name` is one segment and `*name` all the rest."""
+    def __call__(self, method: str, path: str) -> Any:
+        """Decorator for a handler of `method` `path`, in which `:name` is one segment and `*name` all the rest.
+
+        Who may call it says its row in rights.py.
+        """
         pattern = re.sub(r":(\w+)", r"(?P<\1>[^/]+)", path)
         pattern = re.sub(r"\*(\w+)", r"(?P<\1>.+)", pattern)
 
         def register(handler: Handler) -> Handler:
-            self.routes.append(Route(method, re.compile(pattern), handler, job_token, public))
+            known = Route(method, path, re.compile(pattern), handler, right(method, path))
+            self.routes.append(known)
             return handler
 
         return register

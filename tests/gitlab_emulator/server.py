@@ -11,13 +11,15 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import uvicorn
 
 from tests.gitlab_emulator.app import App
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
 from tests.gitlab_emulator.git import prepare, sync
+from tests.gitlab_emulator.protection import refused_image
+from tests.gitlab_emulator.rights import DEVELOPER, Tier
 from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, State, User
 
 REVIEWER = User(2, "bob", "Bob")
@@ -26,15 +28,25 @@ REVIEWER = User(2, "bob", "Bob")
 class GitLabEmulator:
     """One project, `g/proj`, with a token of each kind, on a free port of this machine.
 
+    What GitLab refuses depends on its `tier` and `version`; it is refused here as well (rights.py, protection.py).
+
     `project` and `state` are the live objects; `notes`, `quick_actions` and `requests` are copies, taken at once.
     """
 
     DROP = DROP
 
     def __init__(
-        self, port: int = 0, host: str = "127.0.0.1", path: str = "g/proj", **token_values: str
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        path: str = "g/proj",
+        tier: Tier = "free",
+        version: str = "18.6",
+        runner: str = "18.7",
+        **token_values: str,
     ) -> None:
-        self.app = App(State(), Faults())
+        self._kind: dict[str, Any] = {"tier": tier, "version": version, "runner": runner}
+        self.app = App(State(tier, version, runner), Faults())
         self.reset(path, **token_values)
         self._socket = _listening(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
@@ -47,13 +59,17 @@ class GitLabEmulator:
         )
 
     def reset(self, path: str = "g/proj", token: str = "", job_token: str = "") -> None:
-        """Start anew with an empty project and new tokens, so that tests can share one server."""
-        self.state = self.app.state = State()
+        """Start anew with an empty project and new tokens, so that tests can share one server.
+
+        `token` is a Reporter's with scope `api`, `read_token` one with `read_api`; `job_token` is the CI_JOB_TOKEN of a
+        pipeline that a Developer started.
+        """
+        self.state = self.app.state = State(**self._kind)
         self.faults = self.app.faults = Faults()
         self.project = self.state.add_project(path, 64)
         self.token = self.state.add_token(self.project, "api", value=token).value
         self.read_token = self.state.add_token(self.project, "read_api").value
-        self.job_token = self.state.add_token(self.project, "job", value=job_token).value
+        self.job_token = self.state.add_token(self.project, "job", DEVELOPER, value=job_token).value
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -82,14 +98,49 @@ class GitLabEmulator:
         return f"{self.url}/{self.project.path}.git"
 
     def add_pipeline(
-        self, iid: int = 3, jobs: dict[str, dict[str, bytes]] | None = None, status: str = "success"
+        self,
+        iid: int = 3,
+        jobs: dict[str, dict[str, bytes]] | None = None,
+        status: str = "success",
+        kind: Literal["head", "merge", "train"] = "head",
+        sha: str = "",
     ) -> dict[str, Any]:
-        """A pipeline of the merge request's head that has ended; `jobs` are the artifacts of each, by path."""
+        """A pipeline of the merge request that has ended; `jobs` are the artifacts of each, by path.
+
+        `kind`: of its head, its merged result or its merge train, each a ref of its own; `sha` is what that ran on.
+        """
         with self.state.lock:
             sync(self.project)
-            sha = self.project.merge_requests[iid].sha
-            ref = f"refs/merge-requests/{iid}/head"
+            sha = sha or self.project.merge_requests[iid].sha
+            ref = f"refs/merge-requests/{iid}/{kind}"
             return self.state.add_pipeline(self.project, ref, sha, status, "merge_request_event", jobs or {})
+
+    def push_image(self, image: str, token: str) -> None:
+        """Push `g/proj/name:tag` to the project's registry, as `docker push` does with the token.
+
+        Raises PermissionError with the client's words where it, or GitLab's registry, refuses.
+        """
+        repository, _, tag = image.partition(":")
+        if repository != repository.lower():
+            raise PermissionError("invalid reference format: repository name must be lowercase")
+        with self.state.lock:
+            known = self.state.tokens.get(token)
+            rules = self.project.protected_container_tags
+            if (
+                known is None
+                or not known.scopes & {"api", "write_registry", "job"}
+                or not f"{repository}/".startswith(f"{self.project.path.lower()}/")
+                or refused_image(tag, known.access_level, rules)
+            ):
+                raise PermissionError("denied: requested access to the resource is denied")
+            registry = self.project.registry
+            kept = next((found for found in registry.values() if found["path"] == repository), None)
+            if kept is None:
+                name = repository.removeprefix(self.project.path.lower()).strip("/")
+                kept = {"id": self.state.new_id(), "name": name, "path": repository, "tags": []}
+                registry[kept["id"]] = kept
+            location = {"name": tag, "path": image, "location": f"registry.example/{image}"}
+            kept["tags"] = [other for other in kept["tags"] if other["name"] != tag] + [location]
 
     def fail_next(
         self,

@@ -6,12 +6,15 @@ which the HTTP side and the tests share.
 
 import secrets
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-Scope = Literal["api", "read_api", "write_repository", "job"]
+from tests.gitlab_emulator.protection import BranchRule, ContainerTagRule, TagRule
+from tests.gitlab_emulator.rights import OLDEST, REPORTER, TIERS, Tier, number
+
 MergeMethod = Literal["merge", "ff"]
 Json = dict[str, Any]
 
@@ -29,13 +32,29 @@ class User:
 
 @dataclass(frozen=True)
 class Token:
-    """Scope `api`, `read_api` or `write_repository` of a project access token, or a CI_JOB_TOKEN ("job")."""
+    """A project or personal access token with its scopes, or a CI_JOB_TOKEN: scope `job`, the role of its user.
 
+    `access_level` is the role of the token's user in its projects: 10 guest, 20 reporter, 30 developer, 40 maintainer,
+    50 owner. A token ends at the start of its day `expires_at` (UTC).
+    """
+
+    id: int
     value: str
     user: User
-    scope: Scope
+    scopes: frozenset[str]
     project_ids: frozenset[int]
-    access_level: int = 20  # 10 guest, 20 reporter, 30 developer, 40 maintainer
+    access_level: int = REPORTER
+    name: str = "report"
+    expires_at: date | None = None
+    revoked: bool = False
+
+    @property
+    def is_job(self) -> bool:
+        return "job" in self.scopes
+
+    @property
+    def expired(self) -> bool:
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC).date()
 
 
 @dataclass
@@ -79,7 +98,14 @@ class Job:
     name: str
     status: str  # success, failed, …
     artifacts: dict[str, bytes] = field(default_factory=dict)  # by path
-    trace: str = ""  # its log
+    trace: str = ""  # what its commands wrote; traces.as_sent makes the log of it
+    artifacts_expire_at: datetime | None = None  # with time zone; None: kept
+
+    @property
+    def kept(self) -> dict[str, bytes]:
+        """Its artifacts, none of which is left once they have expired."""
+        gone = self.artifacts_expire_at is not None and self.artifacts_expire_at <= datetime.now(UTC)
+        return {} if gone else self.artifacts
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,7 @@ class Push:
     after: str
     username: str
     options: tuple[str, ...]
+    by_job_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,14 +128,60 @@ class Upload:
     content: bytes
 
 
+@dataclass(frozen=True)
+class PackageFile:
+    id: int
+    name: str
+    content: bytes
+
+
+@dataclass
+class Package:
+    """A generic package. Two files may have one name: the newest is served."""
+
+    id: int
+    files: list[PackageFile] = field(default_factory=list)  # oldest first
+
+    @property
+    def newest(self) -> dict[str, bytes]:
+        """What is served, by name."""
+        return {file.name: file.content for file in self.files}
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.newest[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.newest)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A line of Settings → CI/CD → Variables."""
+
+    key: str
+    value: str
+    scope: str = "*"  # of the environments whose jobs see it
+    protected: bool = False
+    masked: bool = False
+    hidden: bool = False
+    raw: bool = False
+    kind: str = "env_var"
+
+
 @dataclass
 class Project:
     id: int
     path: str  # with namespace: g/proj
     default_branch: str = "main"
+    ci_config_path: str = ".gitlab-ci.yml"
     repository: Path | None = None  # bare; tags, commits and merges are git's own where there is one
     merge_method: MergeMethod = "merge"
-    protected: dict[str, int] = field(default_factory=lambda: {"main": 40})  # branches: level that may push
+    protected_branches: dict[str, BranchRule] = field(default_factory=dict)  # by name or pattern
+    protected_tags: dict[str, TagRule] = field(default_factory=dict)  # by name or pattern
+    protected_container_tags: list[ContainerTagRule] = field(default_factory=list)
+    pipeline_variables_role: str = "developer"  # or no_one_allowed, maintainer, owner: who may pass variables
+    variables: list[Variable] = field(default_factory=list)
+    members: dict[int, int] = field(default_factory=dict)  # by user: the role
     job_token_may_push: bool = False  # the project setting "Allow Git push requests to the repository"
     pushes: list[Push] = field(default_factory=list)
     trigger_token: str = field(default_factory=lambda: f"glptt-{secrets.token_hex(20)}")
@@ -124,7 +197,10 @@ class Project:
     pipelines: list[Json] = field(default_factory=list)  # oldest first
     jobs: dict[int, list[Job]] = field(default_factory=dict)  # by the pipeline's id
     registry: dict[int, Json] = field(default_factory=dict)  # repositories, each with its tags
-    packages: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)  # by name and version
+    packages: dict[tuple[str, str], Package] = field(
+        default_factory=dict
+    )  # generic ones, by name and version
+    duplicate_packages: bool = True  # the group's setting "Allow duplicates" of generic packages
 
     @property
     def name(self) -> str:
@@ -143,12 +219,19 @@ class QuickAction:
 
 
 class State:
-    def __init__(self) -> None:
+    """`runner`: the version of gitlab-runner that jobs ran with; newer ones write the time into each line of a log."""
+
+    def __init__(self, tier: Tier = "free", version: str = "18.6", runner: str = "18.7") -> None:
+        if tier not in TIERS or number(version) < number(OLDEST):
+            raise ValueError(f"no GitLab {version} of tier {tier}: {OLDEST} or newer, {', '.join(TIERS)}")
+        self.tier, self.version, self.runner = tier, version, runner
         self.lock = threading.RLock()
         self.projects: dict[int, Project] = {}
         self.tokens: dict[str, Token] = {}
         self.quick_actions: list[QuickAction] = []
         self.requests: list[Json] = []  # method, path, status: what a test may look at afterwards
+        # called while the lock is held, with each pipeline that starts by itself or by the API: must not wait
+        self.on_pipeline: Callable[[Project, Json], None] | None = None
         self._last_id = 0
 
     def new_id(self) -> int:
@@ -157,23 +240,49 @@ class State:
         return self._last_id
 
     def add_project(self, path: str, project_id: int | None = None) -> Project:
+        """Its default branch is protected as GitLab does it: only Maintainers push and merge."""
         with self.lock:
             project = Project(project_id or self.new_id(), path)
+            project.protected_branches[project.default_branch] = BranchRule()
             self.projects[project.id] = project
             return project
 
+    def find_project(self, name: str) -> Project | None:
+        """By number or by full path."""
+        for project in self.projects.values():
+            if name in (str(project.id), project.path):
+                return project
+        return None
+
     def add_token(
-        self, project: Project, scope: Scope, access_level: int = 20, name: str = "report", value: str = ""
+        self,
+        project: Project,
+        scopes: str | Iterable[str],
+        access_level: int = REPORTER,
+        name: str = "report",
+        value: str = "",
+        *,
+        expires_at: date | None = None,
+        user: User | None = None,
     ) -> Token:
-        """A project access token comes with a bot user of its own; a job token acts as the person who pushed."""
+        """An access token of `scopes`, or with scope `job` a CI_JOB_TOKEN.
+
+        A project access token comes with a bot user of its own, and ends within a year; a job token acts as the
+        person who started the pipeline. With `user` it is that member's personal token.
+        """
         with self.lock:
-            user_id = self.new_id()
-            bot = User(user_id, f"project_{project.id}_bot_{secrets.token_hex(16)}", name)
-            user = User(user_id, f"dev{user_id}", "Dev Eloper") if scope == "job" else bot
-            prefix = "glcbt-64_" if scope == "job" else "glpat-"
-            value = value or prefix + secrets.token_urlsafe(15)
-            self.tokens[value] = Token(value, user, scope, frozenset({project.id}), access_level)
-            return self.tokens[value]
+            scopes = frozenset({scopes} if isinstance(scopes, str) else scopes)
+            is_job, token_id = scopes == {"job"}, self.new_id()
+            bot = User(token_id, f"project_{project.id}_bot_{secrets.token_hex(16)}", name)
+            user = user or (User(token_id, f"dev{token_id}", "Dev Eloper") if is_job else bot)
+            value = value or ("glcbt-64_" if is_job else "glpat-") + secrets.token_urlsafe(15)
+            expires_at = expires_at or (None if is_job else datetime.now(UTC).date() + timedelta(days=364))
+            project.members[user.id] = access_level
+            token = Token(
+                token_id, value, user, scopes, frozenset({project.id}), access_level, name, expires_at
+            )
+            self.tokens[value] = token
+            return token
 
     def add_merge_request(self, project: Project, **fields: Any) -> MergeRequest:
         with self.lock:
@@ -198,6 +307,9 @@ class State:
         status: str,
         source: str,
         jobs: dict[str, dict[str, bytes]],
+        *,
+        variables: dict[str, str] | None = None,
+        user: User | None = None,
     ) -> Json:
         """`jobs`: the artifacts of each by path; all of them ended with the pipeline's status."""
         with self.lock:
@@ -212,6 +324,8 @@ class State:
                 "source": source,
                 "created_at": now(),
                 "updated_at": now(),
+                "variables": variables or {},
+                "user": user,
             }
             project.pipelines.append(pipeline)
             ended = [Job(self.new_id(), name, status, dict(files)) for name, files in jobs.items()]

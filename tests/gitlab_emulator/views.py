@@ -1,6 +1,7 @@
 """Objects as the JSON that GitLab answers with; field names from doc/api/*.md."""
 
-from tests.gitlab_emulator.state import Job, Json, MergeRequest, Note, Project, User
+from tests.gitlab_emulator.rights import MAINTAINER
+from tests.gitlab_emulator.state import Job, Json, MergeRequest, Note, Project, Token, User
 
 
 def user_json(user: User, base_url: str) -> Json:
@@ -14,8 +15,16 @@ def user_json(user: User, base_url: str) -> Json:
     }
 
 
-def project_json(project: Project, base_url: str) -> Json:
+def project_json(project: Project, base_url: str, token: Token) -> Json:
+    """As the token's user sees it; the settings of CI/CD are for Maintainers (API::Entities::Project)."""
     url = f"{base_url}/{project.path}"
+    namespace = project.path.rpartition("/")[0]
+    settings = {
+        "ci_pipeline_variables_minimum_override_role": project.pipeline_variables_role,
+        "ci_push_repository_for_job_token_allowed": project.job_token_may_push,
+        "ci_config_path": project.ci_config_path,
+        "runners_token": None,
+    }
     return {
         "id": project.id,
         "name": project.name,
@@ -25,7 +34,24 @@ def project_json(project: Project, base_url: str) -> Json:
         "visibility": "private",
         "web_url": url,
         "http_url_to_repo": f"{url}.git",
-        "runners_token": None,
+        "ssh_url_to_repo": f"git@{base_url.partition('://')[2]}:{project.path}.git",
+        "namespace": {"id": 1, "name": namespace, "path": namespace, "kind": "group", "full_path": namespace},
+        "permissions": {
+            "project_access": {"access_level": token.access_level, "notification_level": 3},
+            "group_access": None,
+        },
+        "archived": False,
+        "empty_repo": project.repository is None,
+        "merge_method": project.merge_method,
+        "squash_option": "default_off",
+        "issues_enabled": True,
+        "issues_access_level": "enabled",
+        "merge_requests_enabled": True,
+        "merge_requests_access_level": "enabled",
+        "repository_access_level": "enabled",
+        "builds_access_level": "enabled",
+        "container_registry_image_prefix": f"registry.{base_url.partition('://')[2]}/{project.path.lower()}",
+        **(settings if token.access_level >= MAINTAINER else {}),
     }
 
 
@@ -66,7 +92,8 @@ def job_json(job: Job, pipeline: Json, project: Project, base_url: str) -> Json:
         "ref": pipeline["ref"],
         "tag": False,
         "pipeline": {"id": pipeline["id"], "ref": pipeline["ref"], "status": pipeline["status"]},
-        "artifacts": [archive] if job.artifacts else [],
+        "artifacts": [archive] if job.kept else [],
+        "artifacts_expire_at": job.artifacts_expire_at and job.artifacts_expire_at.isoformat(),
         "web_url": f"{base_url}/{project.path}/-/jobs/{job.id}",
     }
 
