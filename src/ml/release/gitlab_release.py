@@ -146,7 +146,7 @@ def describe(
         blocks += [
             "## Files",
             f"| file | sha256 | bytes |\n|---|---|---:|\n{sums}",
-            f"The sums stand in the tag's message, too: `git tag --list --format='%(contents)' {tag}`",
+            f"The sums stand in the tag's message, too: `git tag --list --format='%(contents)' {tag}`. Trust those.",
         ]
     blocks += [
         "## The same bytes again",
