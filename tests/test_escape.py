@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ml.report.escape import EMPTY, escape
-from tests.gitlab_emulator.rendering import effects
+from tests.gitlab_emulator.rendering import REFERENCES, effects
 
 PARSER = MarkdownIt("gfm-like", {"html": True, "linkify": True})
 
@@ -127,8 +127,47 @@ HOSTILE = [
         "--- \ntitle: x\n---",
         "{{x}}",
         "%{project_name}",
-        "#ff0000",
     ),
+    *(
+        "1a2b3c4",
+        "0123456789abcdef0123456789abcdef01234567",
+        "1a2b3c4...4d3c2b1",
+        "g/proj@1a2b3c4",
+        "JIRA-123",
+        "GL-12",
+        "#1[a.png]",
+        "[vulnerability:1]",
+        "[feature_flag:g/proj/1]",
+        "[work_item:g/proj/1]",
+        "*iteration:1",
+        "&1",
+        "%{commit_sha}",
+    ),
+    *(
+        "[TOC]",
+        "[[_TOC_]]",
+        "::include{file=README.md}",
+        "```mermaid\ngraph TD\n```",
+        "```plantuml\na->b\n```",
+        "```math\nx\n```",
+        "```suggestion:-0+0\nx\n```",
+        "> [!note]\n> x",
+        "\n: a description",
+        "[x] done",
+        "irc://evil.example/x",
+        "---\n",
+        "+++\n",
+    ),
+]
+# A code span of nothing but a colour gets a chip of that colour, see escape's docstring.
+COLORS = [
+    "#fff",
+    "#f00f",
+    "#1a2b3c",
+    "#1a2b3c4d",
+    "rgb(255, 0, 0)",
+    "RGBA(0,0,0,0.5)",
+    "hsl(120deg,100%,50%)",
 ]
 
 # Every place in the comment that holds untrusted text, as Markdown around VALUE.
@@ -242,6 +281,17 @@ def test_escape_of_a_huge_text_is_as_quick_as_of_a_long_one() -> None:
     assert len(escape("`" * 10_000_000)) < 1000
 
 
+@pytest.mark.parametrize("color", COLORS)
+def test_color_alone_is_shown_with_its_chip_and_nothing_else(color: str) -> None:
+    assert effects(f"The class {escape(color)} was trained.").found() == {"colors": [color]}
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("around", ["{} ", " {}", "`{}`", "{};x", "{}\n", "url({})"])
+def test_color_with_anything_beside_it_has_no_chip(color: str, around: str) -> None:
+    assert effects(f"The class {escape(around.format(color))} was trained.").found() == {}
+
+
 def test_effects_sees_what_escape_is_to_prevent() -> None:
     """The measure used here is able to fail: the same values, not escaped, do have effects."""
     found = effects("\n\n".join(HOSTILE)).found()
@@ -250,6 +300,23 @@ def test_effects_sees_what_escape_is_to_prevent() -> None:
     assert "/merge" in found["quick_actions"]
     assert "mention: @root" in found["references"]
     assert "http://evil.example/a.png" in found["images"]
+    alone = [effects(value.replace("```", "\n```")) for value in HOSTILE]
+    kinds = {reference.partition(": ")[0] for one in alone for reference in one.references}
+    assert sorted(set(REFERENCES) - kinds) == []
+    blocks = {block for one in alone for block in one.blocks}
+    assert {
+        "mermaid",
+        "plantuml",
+        "math",
+        "suggestion:-0+0",
+        "alert",
+        "description",
+        "front matter",
+    } <= blocks
+    commits = [commit for one in alone for commit in one.commits]
+    assert {"1a2b3c4", "1a2b3c4...4d3c2b1", "g/proj@1a2b3c4"} <= set(commits)
+    assert effects("- [x] done\n- [ ] not").blocks == ["task", "task"]
+    assert effects("---\ntitle: x\n---\n").blocks == ["front matter"]
 
 
 def test_5000_hostile_values_have_no_effect_in_any_place() -> None:
