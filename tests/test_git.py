@@ -12,6 +12,7 @@ import pytest
 
 from ml import git
 from ml.errors import UserError
+from ml.release import reproduce
 
 OTHER_USER = 12345
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")
@@ -299,3 +300,70 @@ def test_messages_names_and_refs_that_are_not_utf8_are_read(repository: Path) ->
     assert git.committed_at(made).tzinfo is not None
     with pytest.raises(git.UnknownRevision, match="is no commit"):
         git.resolve(os.fsdecode(b"kl\xe4\xdfe"))
+
+
+def test_clone_to_reproduce_in_has_the_submodules_that_are_fetched_here(
+    submodule: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Their origins need not be reachable, and one within another comes too."""
+    inner = tmp_path / "inner"
+    subprocess.run(["git", "init", "--quiet", str(inner)], check=True)
+    (inner / "deep.py").write_text("deep\n")
+    commit(inner)
+    call(submodule, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(inner), "deeper")
+    commit(submodule)
+    made = commit(repository)
+    for origin in (inner, tmp_path / "other"):
+        shutil.rmtree(origin)
+    project = reproduce.clone(made, tmp_path)
+    assert (project / "sub/code.py").read_text() == "one\n"
+    assert (project / "sub/deeper/deep.py").read_text() == "deep\n"
+
+
+def test_clone_without_a_submodule_that_is_not_fetched_here(
+    submodule: Path, repository: Path, tmp_path: Path
+) -> None:
+    call(repository, "submodule", "--quiet", "deinit", "--all")
+    assert list((reproduce.clone(git.head(), tmp_path) / "sub").iterdir()) == []
+
+
+# ---- Line ends
+
+ROOT = Path(__file__).parents[1]
+WINDOWS = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf")
+
+
+def test_author_on_windows_checks_out_the_bytes_that_dvc_lock_knows(repository: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitattributes", repository)
+    contents = {
+        "src/train.py": b"one\ntwo\n",
+        "a.npz": b"\0\r\n\n\r",
+        "b.png": b"\r\n\n text",
+        "raw-ubyte": b"a\r\nb\n",
+    }
+    for name, content in contents.items():
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(content)
+    commit(repository)
+    call(tmp_path, *WINDOWS, "clone", "--quiet", str(repository), "windows")
+    found = {name: (tmp_path / "windows" / name).read_bytes() for name in contents}
+    assert found == contents
+    (tmp_path / "windows/src/more.py").write_bytes(b"written\r\nby an editor\r\n")
+    call(tmp_path / "windows", *WINDOWS, "add", "--all")
+    assert call(tmp_path / "windows", "ls-files", "--eol", "src/more.py").startswith("i/lf ")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="these files are no clone")
+def test_no_file_of_this_repository_changes_by_its_line_ends() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--eol"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = [line.split("\t") for line in listed.stdout.splitlines()]
+    assert len(rows) > 100
+    for state, name in rows:
+        index, worktree, attribute = state.split(None, 2)
+        if attribute.startswith("attr/-text"):
+            assert (index, worktree) == ("i/-text", "w/-text"), name
+        else:
+            assert attribute.strip() == "attr/text=auto eol=lf", name
+            assert (index, worktree) in [("i/lf", "w/lf"), ("i/none", "w/none")], name

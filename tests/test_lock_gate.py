@@ -1,6 +1,7 @@
 """The lock gate over real repositories and remotes: what is wrong is caught and named, what is right passes."""
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -114,9 +115,9 @@ def test_stale_lock_names_what_changed(history: History, tmp_path: Path) -> None
     assert found == {"load": "src/load.py changed", "train": "train.epochs was 2, and is 9"}
 
 
-def gate(project: Project, store: Path, *arguments: str, fails: bool = False) -> str:
+def gate(project: Project, store: Path, *arguments: str, fails: bool = False, **variables: str) -> str:
     with inside(project, store):
-        return project.ml("lock_gate", *arguments, fails=fails)
+        return project.ml("lock_gate", *arguments, fails=fails, **variables)
 
 
 def test_command_says_what_is_wrong_and_what_to_do(history: History, tmp_path: Path) -> None:
@@ -128,6 +129,57 @@ def test_command_says_what_is_wrong_and_what_to_do(history: History, tmp_path: P
     output = gate(clone, history.store, fails=True)
     assert "train: stale: train.epochs was 2, and is 9" in output and "dvc repro" in output
     assert "nothing is claimed" in gate(clone, history.store, "--since", base)
+
+
+def test_claim_is_judged_whatever_it_is_compared_with(history: History, tmp_path: Path) -> None:
+    """That --since is given lets nothing pass by itself: only the same dvc.lock does."""
+    clone = history.project.clone(tmp_path / "clone")
+    base = clone.git("rev-parse", "HEAD")
+    other = re.sub(r"(reports/metrics.json\n +hash: md5\n +md5: )\w+", rf"\g<1>{'a' * 32}", clone.lock)
+    assert other != clone.lock
+    (clone.folder / "dvc.lock").write_text(other)
+    head = clone.commit("a lock that nobody has made")
+    for arguments, variables in (
+        (["--since", base], {}),
+        (["--since", "0" * 40], {}),
+        (["--since-baseline"], {"CI_MERGE_REQUEST_DIFF_BASE_SHA": base}),
+        (["--since-baseline"], {"CI_MERGE_REQUEST_DIFF_BASE_SHA": "0" * 40}),
+        (
+            ["--since-baseline"],
+            {"CI_MERGE_REQUEST_TARGET_BRANCH_SHA": base, "CI_MERGE_REQUEST_DIFF_BASE_SHA": head},
+        ),
+    ):
+        output = gate(clone, history.store, *arguments, fails=True, **variables)
+        assert "dvc.lock is not right" in output and "forged" in output, (arguments, variables)
+    assert "nothing is claimed" in gate(clone, history.store, "--since", head)
+
+
+def test_lock_that_the_target_branch_brings_into_a_merge_is_no_claim_of_the_merge_request(
+    history: History, tmp_path: Path
+) -> None:
+    """The lock of main is stale for the merge with a branch that changes params; the release will write it."""
+    project = history.project
+    fork = project.git("rev-parse", "HEAD")
+    project.git("checkout", "--quiet", "-b", "branch")
+    project.set_param("evaluate.digits", 2)
+    project.commit("branch")
+    project.git("checkout", "--quiet", "main")
+    project.set_param("train.epochs", 5)
+    history.run("main moves on, and its lock with it")
+    target = project.git("rev-parse", "HEAD")
+    project.git("merge", "--quiet", "--no-edit", "branch")
+    clone = project.clone(tmp_path / "clone")
+    old = {"CI_MERGE_REQUEST_IID": "3", "CI_MERGE_REQUEST_DIFF_BASE_SHA": fork}
+    assert "stale" in gate(clone, history.store, "--since-baseline", fails=True, **old)
+    merged = old | {"CI_MERGE_REQUEST_TARGET_BRANCH_SHA": target}
+    assert f"that of {target[:12]}: nothing is claimed" in gate(
+        clone, history.store, "--since-baseline", **merged
+    )
+
+
+def test_baseline_without_a_merge_request_names_the_option(history: History) -> None:
+    output = gate(history.project, history.store, "--since-baseline", fails=True)
+    assert "error: This is no merge-request pipeline" in output and "--since REV" in output
 
 
 def test_lock_claims_something_new_only_where_it_differs_from_the_revision(

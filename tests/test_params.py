@@ -69,7 +69,7 @@ def with_line(key: str, value: str, text: str = TEXT) -> str:
 
 def problems(tree: object) -> str:
     with pytest.raises(UserError) as caught:
-        parse_params(tree, "params.yaml")
+        parse_params(tree, "params.yaml", Params)
     return str(caught.value)
 
 
@@ -224,14 +224,14 @@ def junk() -> st.SearchStrategy[Any]:
 @example({"load": {"dataset": "\ud800"}})
 def test_junk_is_never_anything_but_a_user_error(tree: object) -> None:
     with pytest.raises(UserError):
-        parse_params(tree, "junk")
+        parse_params(tree, "junk", Params)
 
 
 @settings(max_examples=50)
 @given(st.sampled_from(KEYS), junk())
 def test_junk_as_one_value_is_accepted_or_named(key: tuple[str, str], value: object) -> None:
     try:
-        parse_params(with_value(*key, value), "junk")
+        parse_params(with_value(*key, value), "junk", Params)
     except UserError as error:
         assert ".".join(key) in str(error)
 

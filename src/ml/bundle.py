@@ -73,7 +73,7 @@ def describe(tag: str) -> Experiment:
     # here, because serving reads bundles, writes none, and shall start fast
     from ml import git
     from ml.lock import LOCK, read_lock
-    from ml.params import load_params
+    from ml.params import PARAMS_FILE, plain, read_yaml
 
     try:
         check_tag(tag)
@@ -91,7 +91,7 @@ def describe(tag: str) -> Experiment:
         image_height=summary["image_height"],
         image_width=summary["image_width"],
         metrics=files.read_json(files.METRICS, "evaluate"),
-        params=load_params().model_dump(mode="json"),
+        params=plain(read_yaml(PARAMS_FILE)),
         model=described(files.MODEL_ONNX, "train"),
         golden=described(files.GOLDEN, "train"),
     )

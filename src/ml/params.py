@@ -5,9 +5,9 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
@@ -53,9 +53,12 @@ class TrainParams(Section):
     threads: Annotated[int, Field(ge=1)]
 
 
+Bins = Annotated[int, Field(ge=2, le=100)]
+
+
 class EvaluateParams(Section):
     resamples: Annotated[int, Field(ge=100)]
-    calibration_bins: Annotated[int, Field(ge=2, le=100)]
+    calibration_bins: Bins
     worst_mistakes: Annotated[int, Field(ge=1, le=400)]
 
 
@@ -76,16 +79,36 @@ class Params(Section):
     report: ReportParams
 
 
-def parse_params(raw: object, source: str) -> Params:
+class BinsParams(BaseModel):
+    """What a report needs of `evaluate`, which has whatever keys the stage has."""
+
+    model_config = Section.model_config | ConfigDict(extra="ignore")
+
+    calibration_bins: Bins
+
+
+class JudgeParams(BaseModel):
+    """What those read who judge a checkout: they are of another version than its stages, whose sections may differ."""
+
+    model_config = Section.model_config | ConfigDict(extra="ignore")
+
+    evaluate: BinsParams
+    report: ReportParams
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def parse_params(raw: object, source: str, kind: type[P]) -> P:
     """Check a params tree, listing every problem at once with the path of its key.
 
     Raises UserError naming `source`, the keys, what was found and what is allowed.
     """
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
-        raise UserError(f"{source}: expected sections {', '.join(Params.model_fields)}, found {found}.")
+        raise UserError(f"{source}: expected sections {', '.join(kind.model_fields)}, found {found}.")
     try:
-        return Params.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -130,7 +153,12 @@ def plain(node: Any) -> Any:
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Raises UserError when the file is missing, is not YAML, or does not fit `Params`."""
-    return parse_params(plain(read_yaml(path)), str(path))
+    return parse_params(plain(read_yaml(path)), str(path), Params)
+
+
+def load_judge_params(path: Path = PARAMS_FILE) -> JudgeParams:
+    """Raises UserError when the file is missing, is not YAML, or lacks what a report needs."""
+    return parse_params(plain(read_yaml(path)), str(path), JudgeParams)
 
 
 def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
@@ -143,7 +171,7 @@ def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
         isinstance(section, dict) for section in overrides.values()
     ):
         raise UserError(f"{preset}: expected sections with keys, like those of {path}.")
-    parse_params(plain(tree), str(path))
+    parse_params(plain(tree), str(path), Params)
     for section, values in overrides.items():
         if section not in tree:
             raise UserError(f"{preset}: {section} is not a section of {path}.")
@@ -152,7 +180,7 @@ def apply_preset(preset: Path, path: Path = PARAMS_FILE) -> Params:
                 tree[section][key][:] = value  # the list in the file stays on its line, before its comment
             else:
                 tree[section][key] = value
-    params = parse_params(plain(tree), f"{path} with {preset}")
+    params = parse_params(plain(tree), f"{path} with {preset}", Params)
     text = io.StringIO()
     yaml = YAML()
     yaml.width = 10_000  # no value is broken over two lines

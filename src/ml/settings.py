@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ml.errors import UserError
 from ml.validation import Environment, Holds, bad_environment, check_environment
 
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+[^\s]*$"), AfterValidator(lambda url: url.rstrip("/"))]
@@ -140,14 +141,29 @@ class Settings(Environment, BaseSettings):
 
     @property
     def baseline(self) -> str | None:
-        """The newest commit of the target branch that HEAD contains; None outside a merge request, or where it has none.
+        """The newest commit of the target branch that HEAD contains; zeros where there is none; None: no merge request.
 
         In a pipeline of merged results and in a merge train HEAD is the merge with the target as it is now, and only
         then CI_MERGE_REQUEST_TARGET_BRANCH_SHA is set; the diff's base is older, and would credit the merge request
         with what others merged since.
         """
         shas = self.ci_merge_request_target_branch_sha, self.ci_merge_request_diff_base_sha
-        return next((sha for sha in shas if sha is not None and sha.strip("0")), None)
+        given = [sha for sha in shas if sha is not None]
+        return next((sha for sha in given if sha.strip("0")), given[0] if given else None)
+
+    def require_baseline(self, option: str) -> str:
+        """Raises UserError that names `option`, to be used where there is no merge request."""
+        if self.baseline is None:
+            where = (
+                "This merge-request pipeline"
+                if self.ci_merge_request_iid
+                else "This is no merge-request pipeline: it"
+            )
+            raise UserError(
+                f"{where} has neither CI_MERGE_REQUEST_TARGET_BRANCH_SHA nor CI_MERGE_REQUEST_DIFF_BASE_SHA. "
+                f"Name the commit to compare with: {option} REV (forty zeros: none)."
+            )
+        return self.baseline
 
     @property
     def labels(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Judge dvc.lock without downloading the data: is it the result of running this code on these params and data?
 
-    python -m ml.release.lock_gate [--since REV] [--receipt FILE] [--require-receipts]
+    python -m ml.release.lock_gate [--since REV | --since-baseline] [--receipt FILE] [--require-receipts]
 
 For each stage: its inputs are those of the working folder, a run record on a remote says that this was run with these
 outputs, no other record of the same inputs disagrees, and every output is on a remote in its full size. What that
@@ -23,6 +23,7 @@ from ml.release import provenance, receipt
 from ml.release.provenance import Entry, key_of, receipt_path, record_path, value_of
 from ml.release.receipt import parse_stage as parse_receipt
 from ml.remotes import Place, places
+from ml.settings import load_settings
 
 Problem = Literal["stale", "forged", "poisoned", "missing", "damaged", "unvouched"]
 
@@ -228,15 +229,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ml.release.lock_gate", description="Judge dvc.lock without downloading the data."
     )
-    parser.add_argument(
+    since = parser.add_mutually_exclusive_group()
+    since.add_argument(
         "--since", metavar="REV", help="pass when dvc.lock is that of REV: it claims nothing new"
+    )
+    since.add_argument(
+        "--since-baseline",
+        action="store_true",
+        help="the same for the commit that a merge request is compared with",
     )
     parser.add_argument("--receipt", type=Path, help="a pipeline's receipt that dvc.lock has to agree with")
     parser.add_argument("--require-receipts", action="store_true", help="a run record alone is not enough")
     arguments = parser.parse_args()
-    if arguments.since is not None and unchanged_since(arguments.since):
+    revision: str | None = arguments.since
+    if arguments.since_baseline:
+        revision = load_settings().require_baseline("--since")
+    if revision is not None and unchanged_since(revision):
         print(
-            f"{LOCK} is that of {arguments.since[:12]}: nothing is claimed, so nothing is judged.",
+            f"{LOCK} is that of {revision[:12]}: nothing is claimed, so nothing is judged.",
             file=sys.stderr,
         )
         return

@@ -29,6 +29,9 @@ from ml.remotes import Place, named, places, prepare
 from ml.report import card
 from ml.settings import Settings, load_settings
 
+# With its own packages: PYTHONPATH is for the stages that it starts.
+DVC = (sys.executable, "-E", "-P", "-m", "dvc")
+
 
 class WouldRun(UserError):
     """A stage would have to run, and the caller does not allow it."""
@@ -91,7 +94,7 @@ def one_stage(
         if not allow_run:
             raise WouldRun(name, why)
         say(f"{name}: runs, because {why}")
-        provide_sources(repo, stage, where)
+        provide_sources(repo, stage, where, settings)
     start = time.monotonic()
     entry = run(name, settings)
     seconds = time.monotonic() - start
@@ -143,13 +146,14 @@ def data_of(repo: Repo, entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
-def provide_sources(repo: Repo, stage: PipelineStage, where: list[Place]) -> None:
+def provide_sources(repo: Repo, stage: PipelineStage, where: list[Place], settings: Settings) -> None:
     """The data that the stage reads, from a remote, else as `make data` gets them. Raises UserError."""
     damages = restore.restore_sources(repo, stage, where)
     if not damages:
         return
     say(f"{stage.name}: {damages[0]}; trying what `make data` does")
-    if subprocess.run([sys.executable, "-m", "ml.task.dataset", "restore"]).returncode:
+    command = [sys.executable, "-P", "-m", "ml.task.dataset", "restore"]
+    if subprocess.run(command, env=stage_environment(settings)).returncode:
         raise UserError(
             f"Stage {stage.name} cannot run: {damages[0]}. Its own message is above. "
             "Push the data from where they are (`dvc push`), to a remote that this job reads."
@@ -161,14 +165,21 @@ def run(name: str, settings: Settings) -> Entry:
     # --no-run-cache: what may be restored has been decided, and a record left in the cache decides nothing
     command = ["repro", "--single-item", "--force", "--no-run-cache", name]
     sys.stderr.flush()
-    own = {"DVC_NO_ANALYTICS": "1"} | ({} if is_recorded(settings) else {"TRACKING": "off"})
-    done = subprocess.run([sys.executable, "-m", "dvc", *command], env=os.environ | own)
+    done = subprocess.run([*DVC, *command], env=stage_environment(settings))
     if done.returncode:
         raise UserError(
             f"Stage {name} failed: `dvc {' '.join(command)}` ended with exit code {done.returncode}. "
             "What it said is above; nothing of it was pushed."
         )
     return provenance.read_entries()[name]
+
+
+def stage_environment(settings: Settings) -> dict[str, str]:
+    """Of what belongs to the task: the code is the checkout's, whatever package `ml` this process has."""
+    code = os.pathsep.join(filter(None, [str(Path("src").resolve()), os.environ.get("PYTHONPATH")]))
+    # a script may import what lies beside it, unlike the judge, for which the job sets this
+    own = {"PYTHONPATH": code, "PYTHONSAFEPATH": "", "DVC_NO_ANALYTICS": "1"}
+    return os.environ | own | ({} if is_recorded(settings) else {"TRACKING": "off"})
 
 
 def is_recorded(settings: Settings) -> bool:
@@ -185,7 +196,8 @@ def finish_run(settings: Settings) -> None:
     with suppress(UserError):  # results that are not this template's have no card
         files.write_text(card.CARD, card.card(card.gather()))
     sys.stderr.flush()
-    if subprocess.run([sys.executable, "-m", "ml.tracking", "finish"]).returncode:
+    command = [sys.executable, "-P", "-m", "ml.tracking", "finish"]
+    if subprocess.run(command, env=stage_environment(settings)).returncode:
         say(f"The run in MLflow was not finished. What is missing lies in {settings.tracking_folder}.")
 
 

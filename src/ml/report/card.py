@@ -14,7 +14,7 @@ from typing import Any
 from ml import files
 from ml.errors import exit_on_user_error
 from ml.files import Predictions
-from ml.params import load_params
+from ml.params import load_judge_params
 from ml import git
 from ml.report.baseline import Results, load_candidate, own_results, read_json
 from ml.report.escape import escape
@@ -60,7 +60,7 @@ def facts_of(results: Results) -> Facts:
         data=results.side.read(files.DATA_SUMMARY, read_json),
         metrics=results.side.read(files.METRICS, read_json),
         training=results.side.read(files.TRAINING, read_json),
-        bins=load_params().evaluate.calibration_bins,
+        bins=load_judge_params().evaluate.calibration_bins,
         commit=git.head(),
         dirty=git.is_dirty(),
         hashes=hashes | {LOCK: files.sha256(Path(LOCK))},

@@ -1,9 +1,10 @@
 """Candidate against baseline: what differs, by how much, and whether that could be luck → reports/comparison.json.
 
-    python -m ml.report.compare --baseline REV --out reports/comparison.json
+    python -m ml.report.compare [--baseline REV] [--out reports/comparison.json]
 
-The candidate is what lies in the working folder; the baseline is fetched by DVC at the commit REV. That main has no
-results yet is no error: the comparison then says so, and holds the candidate's own results.
+The candidate is what lies in the working folder; the baseline is fetched by DVC at the commit REV, in a merge-request
+pipeline the newest commit of the target branch that HEAD contains. That main has no results yet is no error: the
+comparison then says so, and holds the candidate's own results.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 from ml import files, plots
 from ml.errors import UserError, exit_on_user_error
 from ml.files import Predictions
-from ml.params import ReportParams, load_params
+from ml.params import ReportParams, load_judge_params
 from ml import git
-from ml.report import pictures, result, statistics
+from ml.report import pictures, result, statistics, trust
 from ml.report.baseline import (
     NoBaseline,
     Results,
@@ -314,12 +315,19 @@ def write_picture(name: str, title: str, figure: Figure) -> Picture:
     return Picture(path=path.relative_to(files.REPORTS).as_posix(), title=title)
 
 
-def run(revision: str, baseline_costs: Path | None, margin: float | None = None) -> Comparison:
-    """Compare the working folder with the commit `revision`, and draw the pictures; `margin` replaces report.margin.
+def run(
+    revision: str, baseline_costs: Path | None, margin: float | None = None, image: str | None = None
+) -> Comparison:
+    """Compare the working folder with the commit `revision`, and draw the pictures.
+
+    Args:
+        margin: in place of report.margin.
+        image: that this job runs in.
 
     Raises UserError when the working folder has no valid results, or `revision` is no commit.
     """
-    params, bins = load_params().report, load_params().evaluate.calibration_bins
+    loaded = load_judge_params()
+    params, bins = loaded.report, loaded.evaluate.calibration_bins
     candidate = load_candidate()
     with own_results():
         intervals = candidate_intervals(candidate.side)
@@ -371,6 +379,7 @@ def run(revision: str, baseline_costs: Path | None, margin: float | None = None)
         reproduce=reproduce(candidate.side, baseline),
         pictures=[],
         notes=notes,
+        judge=trust.look(git.resolve(revision), image) if revision.strip("0") else None,
     )
     drawn, undrawn = draw(comparison, candidate, params.sheet_examples)
     return comparison.model_copy(update={"pictures": drawn, "notes": notes + undrawn})
@@ -381,7 +390,9 @@ def main() -> None:
         prog="python -m ml.report.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--baseline", required=True, metavar="REV", help="commit to compare with; forty zeros: none"
+        "--baseline",
+        metavar="REV",
+        help="commit to compare with, in a merge request its own; forty zeros: none",
     )
     parser.add_argument("--out", type=Path, default=COMPARISON, metavar="FILE")
     parser.add_argument(
@@ -390,8 +401,10 @@ def main() -> None:
         metavar="DIR",
         help="reports/cost/ of the baseline's run, which DVC does not keep",
     )
-    arguments = parser.parse_args()
-    comparison = run(arguments.baseline, arguments.baseline_cost, load_settings().report_margin)
+    arguments, settings = parser.parse_args(), load_settings()
+    given: str | None = arguments.baseline
+    baseline = settings.require_baseline("--baseline") if given is None else given
+    comparison = run(baseline, arguments.baseline_cost, settings.report_margin, settings.ci_job_image)
     result.save(arguments.out, comparison)
     print(f"{comparison.verdict}: {comparison.reason} → {arguments.out}", file=sys.stderr)
 

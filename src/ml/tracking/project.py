@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ml import files, git
 from ml.errors import UserError, exit_on_user_error
 from ml.lock import LOCK, flat
-from ml.params import PARAMS_FILE, parse_params, plain, read_yaml
+from ml.params import PARAMS_FILE, Params, parse_params, plain, read_yaml
 from ml.settings import Settings, load_settings
 from ml.tracking import metadata, runs, sender
 from ml.tracking.client import absolute, connect, without_password
@@ -65,7 +65,7 @@ def resolve(overrides: dict[str, str], tree: dict[str, Any]) -> dict[str, Any]:
         for part in section.split("."):
             place = place[part]
         place[last] = value
-    parse_params(changed, f"{PARAMS_FILE} with -P")
+    parse_params(changed, f"{PARAMS_FILE} with -P", Params)
     return found
 
 
