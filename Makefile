@@ -91,7 +91,7 @@ demo: $(if $(NO_INSTALL),,$(ENOUGH_FOR_DEMO))  ## a merge request's life on embe
 iris: setup  ## the template with another task (a support vector machine on a CSV file), end to end
 	python examples/iris/run.py
 
-rehearse: setup  ## the real .gitlab-ci.yml on this machine: merge request → comment → merge → release; needs rsync
+rehearse: setup  ## the real .gitlab-ci.yml on this machine: merge request → comment → merge → release, in containers where it can
 	python -m rehearse
 
 bench: setup  ## every benchmark beside its peers, written to reports/bench/; hours, on a quiet machine

@@ -17,7 +17,6 @@ PROJECT_ID = "64"
 FORK_ID = "65"
 MERGE_REQUEST = "merge_request_event"
 REGISTRY = "registry.gitlab.test"  # stands for the project's; nothing is pulled from there
-DEVELOPER = 30
 ZEROS = "0" * 40
 
 
@@ -42,7 +41,6 @@ class Event:
     sha: str
     changed: set[str] = field(default_factory=set)  # paths, for `rules: changes`
     protected: bool = False
-    access_level: int = DEVELOPER  # of whoever started it; the job tokens act for them
 
     @property
     def source(self) -> str:
@@ -72,7 +70,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "-", text.lower())[:63].strip("-")
 
 
-def predefined(url: str, path: str, repository: Path, event: Event) -> dict[str, str]:
+def predefined(url: str, version: str, path: str, repository: Path, event: Event) -> dict[str, str]:
     """Of every job of the pipeline; "" is a variable that is not set. `event.variables` come last."""
     server = urlsplit(url)
 
@@ -92,9 +90,9 @@ def predefined(url: str, path: str, repository: Path, event: Event) -> dict[str,
         "CI_SERVER_PORT": str(server.port),
         "CI_SERVER_PROTOCOL": server.scheme,
         "CI_SERVER_FQDN": server.netloc,
-        "CI_SERVER_VERSION": "18.6.0",
-        "CI_SERVER_VERSION_MAJOR": "18",
-        "CI_SERVER_VERSION_MINOR": "6",
+        "CI_SERVER_VERSION": f"{version}.0",
+        "CI_SERVER_VERSION_MAJOR": version.partition(".")[0],
+        "CI_SERVER_VERSION_MINOR": version.partition(".")[2],
         "CI_API_V4_URL": f"{url}/api/v4",
         "CI_API_GRAPHQL_URL": f"{url}/api/graphql",
         "CI_PROJECT_ID": PROJECT_ID,

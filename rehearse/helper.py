@@ -30,6 +30,7 @@ def sources(
     """A detached checkout of `sha`. Only here git trusts the folder; the job's token lies beside it, not in it."""
     beside = Path(f"{folder}.tmp")
     beside.mkdir(parents=True, exist_ok=True)
+    folder.parents[1].chmod(0o777)  # of /builds, as `cache-init`
     if strategy in ("none", "empty"):
         folder.mkdir(parents=True, exist_ok=True)
         return

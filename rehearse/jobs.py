@@ -9,6 +9,7 @@ rehearses, and the job runs with this machine's programs, so it is kinder than G
 what GitLab gives and nothing else. Names as in the runner: shells/abstract.go, shells/bash.go, executors/docker.
 """
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from abc import abstractmethod
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,32 +108,20 @@ class Trace:
         self.write(f"section_end:{datetime.now().timestamp():.0f}:{name}\r\033[0K")
 
 
-class Executor(Protocol):
-    """Where jobs run."""
-
-    @abstractmethod
-    def prepare(self, work: Work) -> "Place":
-        """Raises NoImage."""
-
-
 class Place(Protocol):
-    """One job's folder for checkouts, and the two ways to run something on it."""
+    """One job's folder for checkouts, and the two ways to run something on it; `remove` ends it."""
 
     builds: str
 
-    @abstractmethod
     def helper(self, settings: str) -> Sequence[str]:
         """The command that runs rehearse/helper.py as root."""
 
-    @abstractmethod
     def build(self) -> Sequence[str]:
         """The command of a shell that reads the job's script from standard input."""
 
-    @abstractmethod
     def environment(self) -> Mapping[str, str]:
         """Of both commands."""
 
-    @abstractmethod
     def remove(self) -> None: ...
 
 
@@ -185,9 +174,11 @@ class ContainerPlace:
     @property
     def options(self) -> list[str]:
         mounts = [f"{self.volume}:/builds", *(f"{path}:{path}" for path in self.executor.mounts)]
-        proxy = ["--http-proxy=false"] if self.executor.engine == "podman" else []
+        # SELinux would keep a container from a folder of this machine; podman would hand it this machine's proxy.
+        own = ["--interactive", "--network", "host", "--security-opt", "label=disable"]
+        own += ["--http-proxy=false"] if self.executor.engine == "podman" else []
         given = [word for mount in mounts for word in ("--volume", mount)]
-        return ["--interactive", "--network", "host", *proxy, *self.executor.options, *given]
+        return [*own, *self.executor.options, *given]
 
     def helper(self, settings: str) -> Sequence[str]:
         program = ["python3", "-c", HELPER.read_text(), settings]
@@ -242,7 +233,8 @@ class ShellPlace:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         kept = {name: os.environ[name] for name in self.executor.kept if name in os.environ}
         image = {"PYTHONPATH": str(self.executor.package), "NO_INSTALL": "1"}
-        return kept | image | {"PATH": path, "HOME": self.builds, "SHLVL": "1"}
+        own = {"HOME": self.builds, "GIT_CONFIG_GLOBAL": f"{self.builds}/gitconfig", "SHLVL": "1"}
+        return kept | image | own | {"PATH": path}
 
     def remove(self) -> None:
         shutil.rmtree(self.builds, ignore_errors=True)
@@ -257,6 +249,9 @@ class Failed(Exception):
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(f"exit code {exit_code}" if reason == "script_failure" else reason)
         self.reason, self.exit_code = reason, exit_code
+
+
+Executor = Containers | Shell
 
 
 def run_job(executor: Executor, work: Work, hear: Callable[[str], None], caches: dict[str, bytes]) -> Outcome:
@@ -347,16 +342,12 @@ class _Run:
     def help(self, action: str, given: bytes = b"", **settings: Any) -> bytes:
         """What the helper writes to standard output. Raises Failed: the runner's own steps are its failures."""
         command = self.place.helper(json.dumps({"action": action, "folder": self.folder, **settings}))
-        done = subprocess.run(command, input=given, capture_output=True, env=self.helper_environment())
+        done = subprocess.run(command, input=given, capture_output=True, env=self.place.environment())
         for line in done.stderr.decode("utf-8", "replace").splitlines():
             self.trace.write(line, "00E")
         if done.returncode:
             raise Failed("runner_system_failure", done.returncode)
         return done.stdout
-
-    def helper_environment(self) -> Mapping[str, str]:
-        own = {"GIT_CONFIG_GLOBAL": f"{self.place.builds}/helper.gitconfig", "GIT_TERMINAL_PROMPT": "0"}
-        return {**self.place.environment(), **(own if isinstance(self.place, ShellPlace) else {})}
 
     def after(self) -> None:
         try:
@@ -372,7 +363,6 @@ class _Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self.place.environment(),
-            cwd=self.place.builds if isinstance(self.place, ShellPlace) else None,
         ) as process:
             assert process.stdin and process.stdout and process.stderr
             readers = [self.trace.follow(process.stdout, "01O"), self.trace.follow(process.stderr, "01E")]
@@ -411,9 +401,6 @@ class _Run:
 
 def read_dotenv(packed: bytes) -> dict[str, str]:
     """The variables of a dotenv report, given in its zip."""
-    import io
-    import zipfile
-
     if not packed:
         return {}
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:

@@ -16,7 +16,8 @@ from rehearse.jobs import Checkout, Executor, NoImage, Outcome, Template, Variab
 from rehearse.rules import Expanded
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.git import git
-from tests.gitlab_emulator.state import Job
+from tests.gitlab_emulator.rights import DEVELOPER
+from tests.gitlab_emulator.state import Job, Json, User
 
 CONCURRENT = 2  # jobs at once
 ENDED = ("success", "failed", "skipped", "manual")
@@ -66,7 +67,9 @@ class _Pipeline:
         self.emulator, self.project = runner.emulator, runner.emulator.project
         assert self.project.repository is not None
         self.repository = self.project.repository
-        predefined = gitlab.predefined(self.emulator.url, self.project.path, self.repository, event)
+        predefined = gitlab.predefined(
+            self.emulator.url, self.emulator.state.version, self.project.path, self.repository, event
+        )
         self.predefined = {name: value for name, value in predefined.items() if value}
         known = rules.values(ci.tree.get("variables")) | self.predefined | self.of_project("*")
         added = ci.workflow(known, event.changed)
@@ -76,6 +79,12 @@ class _Pipeline:
         self.jobs = ci.chosen(known | added | self.of_project("*"), event.changed)
         if not self.jobs:
             raise ValueError(f"no job is in the pipeline for {event.ref} by {event.source}")
+        for name, job in self.jobs.items():
+            for need in rules.needs(job) or []:
+                if need.job not in self.jobs and not need.optional:
+                    raise ValueError(
+                        f"'{name}' job needs '{need.job}' job, but '{need.job}' does not exist in the pipeline"
+                    )
         self.records: dict[str, Job] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.not_run: list[str] = []
@@ -93,9 +102,9 @@ class _Pipeline:
         started = time.monotonic()
         with self.emulator.state.lock:
             state = self.emulator.state
-            pipeline = state.add_pipeline(
-                self.project, self.event.ref, self.event.sha, "running", self.event.source, {}
-            )
+            pipeline = self.started()
+            pipeline["status"] = "running"
+            self.user: User | None = pipeline["user"]
             self.id = int(pipeline["id"])
             recorded = self.project.jobs.setdefault(self.id, [])
             for name, job in self.jobs.items():
@@ -118,6 +127,20 @@ class _Pipeline:
             tuple(self.not_run),
         )
 
+    def started(self) -> Json:
+        """The pipeline that GitLab has started by itself after a push or a merge; else a new one, run by hand."""
+        wanted = {
+            "ref": self.event.ref,
+            "sha": self.event.sha,
+            "source": self.event.source,
+            "status": "created",
+        }
+        for pipeline in self.project.pipelines[::-1]:
+            if wanted.items() <= pipeline.items():
+                return pipeline
+        state, event = self.emulator.state, self.event
+        return state.add_pipeline(self.project, event.ref, event.sha, "created", event.source, {})
+
     def closure(self, names: Sequence[str]) -> set[str]:
         """`names` with all that they need, directly or not."""
         found: set[str] = set()
@@ -137,9 +160,6 @@ class _Pipeline:
             stage = self.ci.stages.index(job.get("stage", "test"))
             stages = self.ci.stages[:stage]
             return [other for other, its in self.jobs.items() if its.get("stage", "test") in stages]
-        for need in needs:
-            if need.job not in self.jobs and not need.optional and need.job not in self.ci.jobs:
-                raise ValueError(f"'{name}' job needs '{need.job}' job, which no stage has")
         return [need.job for need in needs if need.job in self.jobs]
 
     def may_fail(self, name: str) -> bool:
@@ -173,8 +193,9 @@ class _Pipeline:
 
     def run_job(self, name: str) -> None:
         record = self.records[name]
-        level = self.event.access_level
-        token = self.emulator.state.add_token(self.project, "job", level).value
+        # It acts for whoever started the pipeline, and may what they may.
+        level = self.project.members[self.user.id] if self.user else DEVELOPER
+        token = self.emulator.state.add_token(self.project, "job", level, user=self.user).value
         work = self.work(name, record, token)
 
         def hear(line: str) -> None:
@@ -194,7 +215,7 @@ class _Pipeline:
             self.outcomes[name] = outcome
             record.artifacts = unpack(outcome.archive)
             if outcome.failure:
-                record.failure_reason = outcome.failure  # type: ignore[attr-defined]
+                record.failure_reason = outcome.failure
             record.status = "failed" if outcome.failure else "success"
 
     def work(self, name: str, record: Job, token: str) -> Work:

@@ -19,11 +19,13 @@ from rehearse.jobs import Containers, Executor, Shell
 from rehearse.pipelines import Run
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.git import git
+from tests.gitlab_emulator.protection import BranchRule, TagRule
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
+from tests.gitlab_emulator.state import User
 
 ROOT = Path(__file__).parents[1]
 IDENTITY = {"GIT_AUTHOR_NAME": "Dev Eloper", "GIT_AUTHOR_EMAIL": "dev@localhost"}
 IDENTITY |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in IDENTITY.items()}
-MAINTAINER, DEVELOPER = 40, 30
 CI_IMAGE = f"{REGISTRY}/g/proj/ci"  # JOB_IMAGE and JUDGE_IMAGE
 
 
@@ -51,9 +53,15 @@ class Project:
         self.folder, self.emulator = folder, emulator
         self.remote, self.developer = folder / "remote", folder / "developer"
         state, project = emulator.state, emulator.project
+        # Developers merge, as docs/gitlab.md allows; main, images and tags are a Maintainer's.
+        project.protected_branches["main"] = BranchRule(push=MAINTAINER, merge=DEVELOPER)
+        project.protected_tags |= {name: TagRule(create=MAINTAINER) for name in ("v*", "model-v*")}
+        project.pipeline_variables_role = "maintainer"
         self.maintainer = state.add_token(project, "api", MAINTAINER, "maintainer").value
-        self.member = state.add_token(project, "api", MAINTAINER, "developer").value
-        self.release_token = state.add_token(project, "api", MAINTAINER, "release").value
+        member = User(state.new_id(), "dev", "Dev Eloper")
+        self.member = state.add_token(project, "api", DEVELOPER, "developer", user=member).value
+        scopes = ("api", "write_repository")
+        self.release_token = state.add_token(project, scopes, MAINTAINER, "release").value
         self.repository = folder / "gitlab.git"
         self.address = emulator.add_repository(self.repository)
         # As docs/gitlab.md tells a team to set them.

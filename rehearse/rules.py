@@ -82,12 +82,11 @@ def matching_rule(
 
 def values(section: Mapping[str, Any] | None) -> dict[str, str]:
     """A `variables:` section, each as text, with or without a description."""
-    plain = {
-        name: value["value"] if isinstance(value, dict) else value for name, value in (section or {}).items()
-    }
-    return {
-        name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in plain.items()
-    }
+    texts = {}
+    for name, given in (section or {}).items():
+        value = given["value"] if isinstance(given, dict) else given
+        texts[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return texts
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Expanded:
             if rule is None or rule.get("when", job.get("when")) == "never":
                 continue
             over = {key: rule[key] for key in ("when", "allow_failure") if key in rule}
-            given = (job.get("variables") or {}) | (rule.get("variables") or {})
+            given: dict[str, Any] = {**(job.get("variables") or {}), **(rule.get("variables") or {})}
             jobs[name] = {"when": "on_success", **job, **over, "variables": values(given)}
         return jobs
 
@@ -150,7 +149,7 @@ def needs(job: Mapping[str, Any]) -> list[Need] | None:
     """None where the job waits for all earlier stages."""
     if "needs" not in job:
         return None
-    given = [{"job": each} if isinstance(each, str) else each for each in job["needs"]]
+    given: list[dict[str, Any]] = [{"job": each} if isinstance(each, str) else each for each in job["needs"]]
     return [Need(each["job"], each.get("artifacts", True), each.get("optional", False)) for each in given]
 
 

@@ -41,7 +41,9 @@ def need_containers() -> None:
 
 
 def run(*command: str, **options: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -74,7 +76,9 @@ def pip_here() -> tuple[str, set[str]]:
         key, words = name.split(".", 1)[-1], value.strip("'\"").split()
         if key in PIP:
             settings[key] = " ".join(words)
-            folders |= {path for word in words if os.path.isdir(path := word.removeprefix("file://"))}
+            # An index's pages link to files beside its folder.
+            paths = [os.path.dirname(word[7:]) if word.startswith("file://") else word for word in words]
+            folders |= {path for path in paths if os.path.isdir(path)}
     return "\n".join(["[global]", *(f"{key} = {value}" for key, value in settings.items()), ""]), folders
 
 

@@ -99,6 +99,7 @@ class Job:
     status: str  # success, failed, …
     artifacts: dict[str, bytes] = field(default_factory=dict)  # by path
     trace: str = ""  # what its commands wrote; traces.as_sent makes the log of it
+    failure_reason: str = "script_failure"  # of a failed one
     artifacts_expire_at: datetime | None = None  # with time zone; None: kept
 
     @property

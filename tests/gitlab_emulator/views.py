@@ -88,7 +88,7 @@ def job_json(job: Job, pipeline: Json, project: Project, base_url: str) -> Json:
         "id": job.id,
         "name": job.name,
         "status": job.status,
-        **({"failure_reason": "script_failure"} if job.status == "failed" else {}),
+        **({"failure_reason": job.failure_reason} if job.status == "failed" else {}),
         "ref": pipeline["ref"],
         "tag": False,
         "pipeline": {"id": pipeline["id"], "ref": pipeline["ref"], "status": pipeline["status"]},

@@ -187,9 +187,23 @@ cleans: {stage: three, when: always, script: ["true"]}
     assert pipeline["status"] == "failed"
 
 
-def test_job_that_needs_a_job_of_no_stage_is_refused(repository: Repository) -> None:
-    with pytest.raises(ValueError, match="needs 'absent'"):
-        repository.run(IMAGE + "a: {needs: [absent], script: ['true']}")
+@pytest.mark.parametrize(
+    "other",
+    ("", "b: {rules: [{if: $CI_COMMIT_TAG}], script: ['true']}"),
+    ids=("absent", "left out by its rules"),
+)
+def test_pipeline_is_refused_when_a_needed_job_is_not_in_it(tmp_path: Path, other: str) -> None:
+    for repository in make(in_shell, tmp_path):
+        with pytest.raises(ValueError, match="'a' job needs 'b' job, but 'b' does not exist in the pipeline"):
+            repository.run(f"a: {{needs: [b], script: ['true']}}\n{other}")
+        run = repository.run(f"a: {{needs: [{{job: b, optional: true}}], script: ['true']}}\n{other}")
+        assert run.jobs == {"a": "success"}
+
+
+def test_pipeline_is_refused_when_workflow_makes_none(tmp_path: Path) -> None:
+    for repository in make(in_shell, tmp_path):
+        with pytest.raises(ValueError, match="`workflow` makes no pipeline"):
+            repository.run("workflow: {rules: [{if: $CI_COMMIT_TAG}]}\na: {script: ['true']}")
 
 
 @pytest.mark.parametrize(
