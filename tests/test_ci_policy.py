@@ -77,6 +77,7 @@ VARIABLES = {
     "credentials of the remote, for releases": ("release/publish", True),
     "REPO_TOKEN": ("experiment/report", False),
     "RELEASE_TOKEN": ("release/*", True),
+    "the same token, to deploy": ("production", True),
     "MLFLOW_TRACKING_URI": ("experiment/*", False),
     "the same, for releases": ("release/publish", True),
     "RELEASE_WITHOUT_REVIEW": ("release/publish", True),
@@ -107,7 +108,7 @@ SEEN: dict[str, set[str]] = {
         "RELEASE_WITHOUT_REVIEW",
     },
     "serve-image": {"RELEASE_TOKEN"},
-    "deploy": {"DEPLOY_COMMAND", "SERVE_URL"},
+    "deploy": {"DEPLOY_COMMAND", "SERVE_URL", "the same token, to deploy"},
 }
 PROTECTED = {name for name, (_, protected) in VARIABLES.items() if protected}
 
@@ -417,6 +418,13 @@ def test_jobs_after_a_failure_are_evaluated_as_gitlab_documents_them(
     tree = {"a": {"needs": []}, "b": {"needs": []}, "c": {"needs": [{"job": "b"}]}}
     jobs = Expanded(tree | {"said": {"needs": [{"job": name} for name in needs]}})
     assert jobs.ends({name: "on_success" for name in "abc"} | {"said": "on_failure"}, failing)["said"] == end
+
+
+def test_no_job_of_a_merge_request_is_given_a_baseline(ci: Expanded) -> None:
+    """The commands know it: in a pipeline of merged results it is another one than the merge request's base."""
+    for job in ci.pipeline(MERGE_REQUEST, set(INPUTS)):
+        assert not any("SHA" in line for line in ci.jobs[job]["script"]), job
+    assert "--since-baseline" in " ".join(ci.jobs["preflight"]["script"])
 
 
 def test_failure_comment_needs_neither_the_remote_nor_history(ci: Expanded) -> None:

@@ -281,13 +281,16 @@ def test_each_stream_of_a_log_keeps_its_own_lines(writes: list[tuple[str, str]])
 
 def test_log_of_a_failed_job_can_do_nothing_in_the_comment(tmp_path: Path) -> None:
     hostile = "```\n\n/merge\n/approve\n@all !1 #1 ![x](http://evil.example/x.png) <script>\n`\n/close\n"
+    hostile += (
+        "deadbeefcafe g/proj@deadbeefcafe `#ff0000` $x$ ~bug %1 &1 [wiki] :smile: http://evil.example\n"
+    )
     job_log = last_lines(hostile)
     from ml.report.failure import FailedJob
 
     text = compose([FailedJob("/merge `x`", "@all", "javascript:1", job_log)], "a" * 40, None)
     (tmp_path / "comment.md").write_text(text)
     assert read_report(tmp_path / "comment.md") == text.strip("\n")  # refuses quick actions
-    assert effects(text).found() == {}
+    assert effects(text).found() == {"commits": ["aaaaaaaa"]}  # the one that it is about
 
 
 def test_without_a_token_or_an_answer_the_comment_links_to_the_pipeline(gitlab: GitLabEmulator) -> None:

@@ -31,11 +31,12 @@ include:
 STAGE = """
 import json, sys
 import numpy as np
+from beside import classes
 from ml import files
 from ruamel.yaml import YAML
 
 wrong = YAML(typ="safe").load(open("params.yaml"))["model"]["channels"][0]  # of 100 test examples
-labels = np.arange(200) % 2
+labels = np.arange(200) % classes
 names = np.array(["cat", "dog"])
 images = np.zeros((200, 4, 4), np.uint8)
 images[:, 0, 0] = np.arange(200)
@@ -95,11 +96,12 @@ class Toy(Project):
         text = PIPELINE.replace("HOST", host).replace("REMOTE", str(self.remote)).replace("MARGIN", margin)
         (self.developer / ".gitlab-ci.yml").write_text(text.replace("FOLDER", f'"{where}"'))
         (self.code / "train.py").write_text(STAGE)
+        (self.code / "beside.py").write_text("classes = 2\n")
         (self.code / ".gitignore").write_text("/artifacts/\n/reports/\n")
         outs = [f"artifacts/{name}" for name in OUTS] + ["reports/data.json", "reports/predictions.npz"]
         stage = {
             "cmd": "python train.py",
-            "deps": ["train.py"],
+            "deps": ["train.py", "beside.py"],
             "params": ["model"],
             "outs": outs,
             "metrics": ["reports/metrics.json"],

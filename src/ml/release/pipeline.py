@@ -177,7 +177,8 @@ def run(name: str, settings: Settings) -> Entry:
 def stage_environment(settings: Settings) -> dict[str, str]:
     """Of what belongs to the task: the code is the checkout's, whatever package `ml` this process has."""
     code = os.pathsep.join(filter(None, [str(Path("src").resolve()), os.environ.get("PYTHONPATH")]))
-    own = {"PYTHONPATH": code, "DVC_NO_ANALYTICS": "1"}
+    # a script may import what lies beside it, unlike the judge, for which the job sets this
+    own = {"PYTHONPATH": code, "PYTHONSAFEPATH": "", "DVC_NO_ANALYTICS": "1"}
     return os.environ | own | ({} if is_recorded(settings) else {"TRACKING": "off"})
 
 
