@@ -10,17 +10,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import requests
 from ruamel.yaml import YAML
 
+from ml import files
 from ml.errors import UserError
 from ml.release import publish
 from tests.gitlab_emulator import GitLabEmulator
+from tests.gitlab_emulator.protection import BranchRule, TagRule
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python src/stages.py"
@@ -179,14 +183,25 @@ class ReleaseProject:
         run(target, "git", "checkout", "--quiet", "--detach", ref)
         return target
 
-    def review(self, iid: int, comment: str | None = "# better: accuracy", **environment: str) -> Path:
-        """The merge request's pipeline; its artifacts are on the emulated GitLab afterwards."""
+    def review(
+        self,
+        iid: int,
+        comment: str | None = "# better: accuracy",
+        kind: Literal["head", "merge", "train"] = "head",
+        onto: str = "main",
+        **environment: str,
+    ) -> str:
+        """The merge request's pipeline; its artifacts are on the emulated GitLab afterwards. The commit that it ran for.
+
+        `kind`: on its head, on the merge of `onto` and its head, or the same in a merge train.
+        """
         head = self.origin("rev-parse", f"branch-{iid}")
-        folder = self.clone(head)
         with self.gitlab.state.lock:
             self.gitlab.project.merge_requests[iid].sha = head
-        variables = self.gitlab.environment(iid) | {"DVC_REMOTE_URL": str(self.remote), **environment}
-        run(folder, sys.executable, "-m", "ml.release.pipeline", environment=variables)
+        ref = head if kind == "head" else self.merged(onto, head, f"refs/merge-requests/{iid}/{kind}")
+        folder = self.clone(ref)
+        variables = self.gitlab.environment(iid) | {"CI_COMMIT_SHA": ref, "DVC_REMOTE_URL": str(self.remote)}
+        run(folder, sys.executable, "-m", "ml.release.pipeline", environment=variables | environment)
         jobs = {
             "pipeline": {
                 "dvc.lock": (folder / "dvc.lock").read_bytes(),
@@ -194,14 +209,24 @@ class ReleaseProject:
             },
         }
         if comment is not None:
-            jobs["report"] = {"reports/comment.md": comment.encode()}
-        self.gitlab.add_pipeline(iid, jobs)
-        return folder
+            jobs["report"] = {
+                "reports/comment.md": comment.encode(),
+                "reports/comment.html": f"<h1>{comment}</h1>".encode(),
+            }
+        self.gitlab.add_pipeline(iid, jobs, kind=kind, sha=ref)
+        return ref
 
-    def merge(self, iid: int, method: str = "merge", squash: bool = False) -> str:
-        """By GitLab's own merge; main's new commit."""
+    def merged(self, onto: str, head: str, ref: str) -> str:
+        """A merge commit in the repository that only `ref` names, as GitLab makes for pipelines of merged results."""
+        tree = self.origin("merge-tree", "--write-tree", onto, head).splitlines()[0]
+        commit = self.origin("commit-tree", tree, "-p", onto, "-p", head, "-m", "Merged result")
+        self.origin("update-ref", ref, commit)
+        return commit
+
+    def merge(self, iid: int, method: str = "merge", squash: bool = False, role: int = DEVELOPER) -> str:
+        """By GitLab's own merge, by somebody of that role; main's new commit."""
         self.gitlab.project.merge_method = method  # type: ignore[assignment]
-        token = self.gitlab.state.add_token(self.gitlab.project, "api", 40).value
+        token = self.gitlab.state.add_token(self.gitlab.project, "api", role).value
         answer = requests.put(
             f"{self.gitlab.url}/api/v4/projects/64/merge_requests/{iid}/merge",
             json={"squash": squash},
@@ -259,8 +284,11 @@ class ReleaseProject:
 
 
 def make_template(folder: Path, gitlab: GitLabEmulator) -> ReleaseProject:
-    """Data on the DVC remote, code on main, nothing has run yet."""
+    """Data on the DVC remote, code on main, GitLab's settings as the documentation has them; nothing has run yet."""
     project = ReleaseProject(folder, gitlab)
+    gitlab.project.protected_branches["main"] = BranchRule(push=MAINTAINER, merge=DEVELOPER)
+    gitlab.project.protected_tags |= {"model-v*": TagRule(), "v*": TagRule()}
+    gitlab.project.pipeline_variables_role = "maintainer"
     developer = project.developer
     developer.mkdir(parents=True)
     gitlab.add_repository(project.bare)
@@ -299,16 +327,29 @@ def keep(project: ReleaseProject) -> None:
 
 
 @contextmanager
-def opened(template: Path, folder: Path) -> Iterator[ReleaseProject]:
-    """A copy of what was kept in the folder `template`, with a GitLab server of its own."""
+def opened(template: Path, folder: Path, version: str = "18.6") -> Iterator[ReleaseProject]:
+    """A copy of what was kept in the folder `template`, with a GitLab server of its own, of that version."""
     for name in ("developer", "origin.git", "remote"):
         shutil.copytree(template / name, folder / name, symlinks=True)
-    with GitLabEmulator() as gitlab:
+    with GitLabEmulator(version=version) as gitlab:
         with gitlab.state.lock:
             found, last_id = pickle.loads((template / "gitlab.pickle").read_bytes())
             gitlab.project = gitlab.state.projects[64] = found
             gitlab.state._last_id = last_id + 1000
-        token = gitlab.state.add_token(gitlab.project, "write_repository", 40, "release").value
+        scopes = ("api", "write_repository")
+        token = gitlab.state.add_token(gitlab.project, scopes, MAINTAINER, "release").value
         project = ReleaseProject(folder, gitlab, token)
         gitlab.add_repository(project.bare)
         yield project
+
+
+def published(project: ReleaseProject) -> tuple[str, object, object, dict[str, str]]:
+    """What releases leave: refs, GitLab's releases and packages, and the objects of the main remote."""
+    stored = (path for path in project.remote.rglob("*") if path.is_file())
+    objects = {
+        str(path.relative_to(project.remote)): files.sha256(path)
+        for path in stored
+        if "merge-requests" not in path.parts  # what reviews push
+    }
+    at_gitlab = project.gitlab.project
+    return project.origin("show-ref"), deepcopy(at_gitlab.releases), deepcopy(at_gitlab.packages), objects

@@ -15,6 +15,8 @@ from ml import files
 from ml.errors import UserError
 from ml.release import deploy
 from tests.gitlab_emulator import GitLabEmulator
+from tests.gitlab_emulator.protection import TagRule
+from tests.gitlab_emulator.rights import MAINTAINER
 from tests.release_project import job
 from tests.serving import TOKEN, Served, served
 
@@ -224,3 +226,27 @@ def test_bundle_of_another_model_is_not_deployed(folder: Path) -> None:
     run(folder, DEPLOY_COMMAND=WRITE, MODEL_TAG="model-v3.0.0", fails="experiment.json is missing")
     run(folder, DEPLOY_COMMAND=WRITE, IMAGE="registry.test/g/proj:latest", fails="IMAGE")
     assert not (folder / "deployed").exists()
+
+
+# ---- Who may note the image
+
+
+def test_job_token_that_may_not_note_the_image_costs_no_deployment(
+    folder: Path, gitlab: GitLabEmulator
+) -> None:
+    """Tags are protected, and a Developer has merged."""
+    gitlab.project.protected_tags["model-v*"] = TagRule()
+    said = run(folder, **gitlab.environment(None), DEPLOY_COMMAND=WRITE)
+    assert (folder / "deployed").read_text() == f"model-v1.1.0 {NEW}\n"
+    assert "warning: Noting the image in the release of model-v1.1.0: GitLab answered 403" in said
+    assert "set RELEASE_TOKEN with the environment scope production" in said
+    assert gitlab.project.releases["model-v1.1.0"]["assets"]["links"] == []
+
+
+def test_release_token_notes_the_image_where_tags_are_protected(folder: Path, gitlab: GitLabEmulator) -> None:
+    gitlab.project.protected_tags["model-v*"] = TagRule()
+    token = gitlab.state.add_token(gitlab.project, "api", MAINTAINER).value
+    said = run(folder, **gitlab.environment(None), RELEASE_TOKEN=token, DEPLOY_COMMAND=WRITE)
+    assert "warning" not in said
+    [link] = gitlab.project.releases["model-v1.1.0"]["assets"]["links"]
+    assert link["url"] == f"https://{NEW}"

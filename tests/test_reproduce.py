@@ -70,18 +70,21 @@ def test_lock_that_is_not_of_the_commits_inputs_is_called_stale(project: Release
     assert code == 1 and "was stale" in said and "train.epochs" in said
 
 
-def test_release_that_could_not_push_its_lock_is_compared_with_the_released_one(
+def test_lock_is_that_of_the_tag_be_it_on_main_or_not_or_the_one_that_is_given(
     project: ReleaseProject,
 ) -> None:
-    project.merge(4)
-    project.release(RELEASE_TOKEN="")
-    job_of = project.gitlab.environment(None)
-    code, said = again(project, "model-v1.0.1", **job_of)
+    merged = project.merge(4)
+    project.release()
+    project.origin("update-ref", "refs/heads/main", merged)  # others forbade the commit of dvc.lock
+    code, said = again(project, "model-v1.0.1")
     assert code == 0, said
-    again(project, "model-v1.0.1", fails="name it: --lock FILE")
+
+    trailers = "\n".join(f"{key}: {value}" for key, value in project.trailers("model-v1.0.1").items())
+    project.origin("tag", "--annotate", "--message", f"By hand\n\n{trailers}", "model-v1.0.2", merged)
+    again(project, "model-v1.0.2", fails="name it: --lock FILE")
     lock = project.folder / "released.lock"
     lock.write_bytes(project.gitlab.project.packages[("model", "1.0.1")]["dvc.lock"])
-    assert again(project, "model-v1.0.1", "--lock", str(lock))[0] == 0
+    assert again(project, "model-v1.0.2", "--lock", str(lock))[0] == 0
 
 
 def test_what_cannot_be_made_again_says_why(project: ReleaseProject, tmp_path: Path) -> None:

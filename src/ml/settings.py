@@ -97,7 +97,7 @@ class Settings(Environment, BaseSettings):
 
     # Release: on the default branch
     ci_default_branch: Annotated[str, Holds("text")] = "main"
-    release_token: Token = None  # project access token, scope write_repository, protected
+    release_token: Token = None  # project access token: api, write_repository, Maintainer; protected
     release_rebuild: bool = False  # train anew and demand what the reviewers saw, to the bit
     release_without_review: bool = False  # release what nobody has seen a comment on
     release_job: str = "pipeline"  # of the merge request's pipeline: has dvc.lock and reports/receipt.json

@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import requests
-from gitlab.exceptions import GitlabError
 
 from ml import bundle, files
 from ml.errors import UserError, exit_on_user_error
-from ml.release import gitlab_release, merge_request
+from ml.release import access, gitlab_release
 from ml.release.version import parse_version
 from ml.settings import Settings, load_settings
 
@@ -83,13 +82,12 @@ def read_job(settings: Settings, environment: dict[str, str]) -> Deployed | None
 
 def last_good(settings: Settings, model: Model) -> Model | None:
     """The image that was last deployed and answered as it should: of this release, else of the one before it."""
-    project = merge_request.connect(settings, write=False)
+    project = access.connect(settings)
     if project is None:
         return None
-    with merge_request.explained(settings, "Looking for the release before"):
-        listed = project.client.http_list(f"{project.path}/releases", get_all=True, per_page=100)
+    with access.explained(project, "Looking for the release before"):
         found = []
-        for release in listed:
+        for release in project.all("/releases"):
             name, image = str(release["tag_name"]), gitlab_release.image_of(release)
             version, own = parse_version(name), parse_version(model.tag)
             if image and image != model.image and version and own and version <= own:
@@ -272,16 +270,25 @@ def roll_back(settings: Settings, previous: Model | None) -> str:
 
 
 def record(settings: Settings, model: Model) -> None:
-    """Note the image in its GitLab release, for the next one to go back to."""
-    project = merge_request.connect(settings, write=True)
+    """Note the image in its GitLab release, for the next one to go back to. A refusal is said: the model runs already."""
+    project = access.connect(settings)
     if project is None or not model.image:
         return
     try:
-        gitlab_release.link(project, model.tag, gitlab_release.IMAGE_LINK, f"https://{model.image}", "image")
-    except (GitlabError, requests.RequestException) as error:
+        with access.explained(project, f"Noting the image in the release of {model.tag}"):
+            gitlab_release.link(
+                project, model.tag, gitlab_release.IMAGE_LINK, f"https://{model.image}", "image"
+            )
+    except UserError as error:
+        remedy = (
+            "Where tags are protected, the job's own token writes releases for those only who may make such a tag: set "
+            "RELEASE_TOKEN with the environment scope production, too (masked, protected). "
+            if settings.release_token is None
+            else ""
+        )
         print(
-            f"not done: the image could not be noted in the release of {model.tag} ({error}), so the next deployment "
-            "will not go back to it. Run the job again.",
+            f"warning: {error} The next deployment will not go back to this image. {remedy}"
+            "Then run the job again: deploying the same image twice does no harm.",
             file=sys.stderr,
         )
 

@@ -1,7 +1,8 @@
 """The GitLab release of a model: the reviewed comment, the model card, checksums, and the files as generic packages.
 
 Everything is looked at before it is written, so repeating it changes nothing: a file with the same bytes is not
-uploaded again, a release or a link that exists is updated.
+uploaded again, a release or a link that exists is updated. Packages can be written by Developers, and a second upload
+of a name hides the first one; so what is downloaded has to have the sum that stands in the release's tag.
 """
 
 import hashlib
@@ -13,7 +14,9 @@ from urllib.parse import quote
 
 from gitlab.exceptions import GitlabError
 
-from ml.release.merge_request import Project
+from ml.errors import UserError
+from ml.release.access import Project
+from ml.release.tag import SUMS, Tag
 from ml.release.version import Version
 
 PACKAGE = "model"  # generic package; its versions are the model's
@@ -30,11 +33,15 @@ class Asset:
     size: int  # bytes
 
 
-def upload(project: Project, version: Version, name: str, content: bytes) -> tuple[Asset, bool]:
-    """The file in the project's package registry, and whether it had to be sent. Raises GitlabError."""
-    path = f"/packages/generic/{PACKAGE}/{version}/{quote(name, safe='')}"
-    sent = project.raw(path) != content
-    if sent:
+def package_path(version: Version, name: str) -> str:
+    return f"/packages/generic/{PACKAGE}/{version}/{quote(name, safe='')}"
+
+
+def upload(project: Project, version: Version, name: str, content: bytes) -> tuple[Asset, bytes | None]:
+    """The file in the project's package registry, and what lay there before under its name. Raises GitlabError."""
+    path = package_path(version, name)
+    before = project.raw(path)
+    if before != content:
         project.client.http_request(
             "put",
             f"{project.path}{path}",
@@ -43,11 +50,29 @@ def upload(project: Project, version: Version, name: str, content: bytes) -> tup
             extra_headers={"Content-type": "application/octet-stream"},
         )
     url = f"{project.client.api_url}{project.path}{path}"
-    return Asset(name, url, hashlib.sha256(content).hexdigest(), len(content)), sent
+    return Asset(name, url, sha256(content), len(content)), before
 
 
-def download(project: Project, version: Version, name: str) -> bytes | None:
-    return project.raw(f"/packages/generic/{PACKAGE}/{version}/{quote(name, safe='')}")
+def download(project: Project, tag: Tag, name: str) -> bytes | None:
+    """The file as it was released; None where the tag does not name it, or its package has it no more.
+
+    Raises GitlabError, and UserError when somebody has put other bytes in its place.
+    """
+    if name not in tag.sums:
+        return None
+    content = project.raw(package_path(tag.version, name))
+    if content is not None and sha256(content) != tag.sums[name]:
+        raise UserError(
+            f"{name} in the package {PACKAGE}/{tag.version} is not the file that {tag.name} was released with: its "
+            f"sha256 is {sha256(content)}, and {SUMS} in the tag says {tag.sums[name]}. Somebody with the role Developer "
+            "or higher has put it there: look who, delete that file of the package (Deploy → Package registry), then run "
+            "the job again."
+        )
+    return content
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read(project: Project, tag: str) -> dict[str, Any] | None:
@@ -59,21 +84,13 @@ def read(project: Project, tag: str) -> dict[str, Any] | None:
         raise
 
 
-def write(
-    project: Project, tag: str, ref: str, message: str, description: str, name: str | None = None
-) -> tuple[str, bool]:
-    """Make or update the release; its address and whether it is new. Raises GitlabError.
-
-    GitLab makes the tag, annotated with `message`, at the commit `ref` where nobody has pushed it.
-    """
-    fields = {"name": name or tag, "description": description}
+def write(project: Project, tag: str, name: str, description: str) -> tuple[str, bool]:
+    """Make or update the release of a tag that is there; its address and whether it is new. Raises GitlabError."""
+    fields = {"name": name, "description": description}
     found, new = read(project, tag), False
     if found is None:
         try:
-            project.client.http_post(
-                f"{project.path}/releases",
-                post_data={"tag_name": tag, "ref": ref, "tag_message": message, **fields},
-            )
+            project.client.http_post(f"{project.path}/releases", post_data={"tag_name": tag, **fields})
             new = True
         except GitlabError as error:
             if error.response_code != 409:  # 409: an earlier answer got lost, and it is there now
@@ -84,16 +101,21 @@ def write(
     return str(found.get("_links", {}).get("self", tag)), new
 
 
-def link(project: Project, tag: str, name: str, url: str, kind: str) -> None:
-    """Give the release this link, in place of one of the same name. Raises GitlabError."""
+def link(project: Project, tag: str, name: str, url: str, kind: str) -> str | None:
+    """Give the release this link; where one of the same name led elsewhere before. Raises GitlabError."""
     path = f"{project.path}/releases/{quote(tag, safe='')}/assets/links"
     fields = {"name": name, "url": url, "link_type": kind}
-    listed = project.client.http_list(path, get_all=True, per_page=100)
-    found = next((each for each in listed if each["name"] == name), None)
+    found = next((each for each in links(project, tag) if each["name"] == name), None)
     if found is None:
         project.client.http_post(path, post_data=fields)
     elif found["url"] != url:
         project.client.http_put(f"{path}/{found['id']}", post_data=fields)
+        return str(found["url"])
+    return None
+
+
+def links(project: Project, tag: str) -> list[dict[str, Any]]:
+    return project.all(f"/releases/{quote(tag, safe='')}/assets/links")
 
 
 def image_of(release: dict[str, Any]) -> str | None:
@@ -121,7 +143,11 @@ def describe(
         sums = "\n".join(
             f"| [{each.name}]({each.url}) | `{each.sha256}` | {each.size:,} |" for each in assets
         )
-        blocks += ["## Files", f"| file | sha256 | bytes |\n|---|---|---:|\n{sums}"]
+        blocks += [
+            "## Files",
+            f"| file | sha256 | bytes |\n|---|---|---:|\n{sums}",
+            f"The sums stand in the tag's message, too: `git tag --list --format='%(contents)' {tag}`. Trust those.",
+        ]
     blocks += [
         "## The same bytes again",
         f"```sh\npython -m ml.release.reproduce {tag}\n```",
@@ -140,9 +166,9 @@ def cut(text: str) -> str:
     return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}\n\n… (cut)"
 
 
-def checksums(assets: list[Asset]) -> bytes:
+def checksums(sums: dict[str, str]) -> str:
     """What `sha256sum --check` reads."""
-    return "".join(f"{each.sha256}  {each.name}\n" for each in assets).encode()
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def files_of(bundle: Path, *more: Path) -> dict[str, bytes]:

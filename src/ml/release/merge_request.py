@@ -1,148 +1,75 @@
-"""What the reviewers of a commit saw: its merge request, and what that one's pipeline left behind.
+"""What the reviewers of a commit saw: its merge request, and what that one's newest successful pipeline left behind."""
 
-Only routes that a CI_JOB_TOKEN may use; REPO_TOKEN is taken first where there is one, since GitLab's Free tier has
-refused job tokens for artifacts.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-import gitlab
-import requests
-from gitlab.exceptions import GitlabError
-
-
-from ml.errors import UserError
-from ml.report.gitlab_notes import PatientAdapter
 from ml.release import tag
+from ml.release.access import Project, explained
 from ml.report.note import parse
 from ml.settings import Settings
 
-API_SECONDS = 600.0  # for all requests of one client, uploads, retries and waiting included
 PAGES = 5  # of 100 merge requests, the latest changed first
 RECEIPT = "reports/receipt.json"
 COMMENT = "reports/comment.md"
+PAGE = "reports/comment.html"  # the comment with its pictures in it
 COMPARISON = "reports/comparison.json"
 LOCK = "dvc.lock"
+
+Job = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Review:
-    """A merged merge request with the files of its newest successful pipeline; None for a file that is not there."""
+    """A merged merge request with the files of its reviewed pipeline; None for a file that is not there.
+
+    `pipeline` and `sha`: the pipeline's id and the commit that it ran for; None without one. `absent`: why there is no
+    receipt, and the remedy.
+    """
 
     iid: int
     title: str
     url: str
     labels: tuple[str, ...]
+    pipeline: int | None
+    sha: str | None
     receipt: bytes | None
     lock: bytes | None
     comment: bytes | None
+    page: bytes | None
     comparison: bytes | None
+    absent: str = ""
 
 
-@dataclass(frozen=True)
-class Project:
-    """The project through one token: `client` for what python-gitlab has no method for."""
-
-    client: gitlab.Gitlab
-    id: int
-
-    @property
-    def path(self) -> str:
-        return f"/projects/{self.id}"
-
-    def get(self, path: str, **query: Any) -> Any:
-        return self.client.http_get(f"{self.path}{path}", **query)
-
-    def raw(self, path: str, **query: Any) -> bytes | None:
-        """The bytes of a file; None when there is none. Raises GitlabError for any other answer."""
-        try:
-            answer = self.client.http_get(f"{self.path}{path}", raw=True, streamed=False, **query)
-        except GitlabError as error:
-            if error.response_code == 404:
-                return None
-            raise
-        assert isinstance(answer, requests.Response)
-        return answer.content
-
-
-def connect(settings: Settings, write: bool) -> Project | None:
-    """The project of this job; None where no API or no token is known.
-
-    For writing the job's own token comes first: it may release, the comment's token need not.
-    """
-    if settings.api_url is None or settings.ci_project_id is None:
-        return None
-    job, access = settings.ci_job_token, settings.comment_token
-    session, adapter = requests.Session(), PatientAdapter(API_SECONDS)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    options: dict[str, Any] = {"session": session, "retry_transient_errors": True, "keep_base_url": True}
-    url = settings.api_url.removesuffix("/api/v4")
-    if job is not None and (write or access is None):
-        client = gitlab.Gitlab(url, job_token=job.get_secret_value(), **options)
-    elif access is not None:
-        client = gitlab.Gitlab(url, private_token=access.get_secret_value(), **options)
-    else:
-        return None
-    return Project(client, settings.ci_project_id)
-
-
-@contextmanager
-def explained(settings: Settings, doing: str) -> Iterator[None]:
-    """Turn what GitLab and the network answer into a UserError that says what was being done."""
-    where = f"{settings.api_url}, project {settings.ci_project_id}"
-    try:
-        yield
-    except GitlabError as error:
-        said = str(error.error_message or "no message")[:200]
-        remedies = {
-            401: "Set REPO_TOKEN (scope api, role Reporter): this GitLab does not take CI_JOB_TOKEN here.",
-            403: "The person who started this pipeline, or the token, may not do that in this project.",
-            404: "Check CI_API_V4_URL and CI_PROJECT_ID, and that the token is this project's.",
-        }
-        remedy = remedies.get(error.response_code or 0, "Run the job again; it goes on where it stopped.")
-        raise UserError(
-            f"{doing}: GitLab answered {error.response_code} ({said}) at {where}. {remedy}"
-        ) from None
-    except requests.RequestException as error:
-        raise UserError(
-            f"{doing}: GitLab cannot be reached at {where} ({type(error).__name__}). "
-            "Run the job again; it goes on where it stopped."
-        ) from None
-
-
-def find_review(settings: Settings, commit: str) -> Review | None:
-    """The review of `commit`, whatever way it was merged; None without a merge request or an API."""
-    project = connect(settings, write=False)
-    if project is None:
-        return None
-    with explained(settings, "Looking for the merge request"):
+def find_review(project: Project, settings: Settings, commit: str) -> Review | None:
+    """The review of `commit`, whatever way it was merged; None without a merge request."""
+    with explained(project, "Looking for the merge request"):
         found = find_merge_request(project, settings.ci_default_branch, commit)
-        if found is None:
-            return None
-
-        def artifact(job: str, path: str) -> bytes | None:
-            """Of the merge request's newest successful pipeline, or its merged result's."""
-            for kind in ("head", "merge"):
-                ref = quote(f"refs/merge-requests/{found['iid']}/{kind}", safe="")
-                content = project.raw(f"/jobs/artifacts/{ref}/raw/{path}", job=job)
-                if content is not None:
-                    return content
-            return None
-
+    if found is None:
+        return None
+    iid = int(found["iid"])
+    with explained(project, f"Looking for the reviewed pipeline of !{iid}"):
+        pipeline = reviewed_pipeline(project, iid)
+        jobs = project.all(f"/pipelines/{pipeline['id']}/jobs") if pipeline else []
+        trained = newest(jobs, settings.release_job)
+        report = newest(jobs, settings.release_report_job)
+        receipt = artifact(project, trained, RECEIPT)
         return Review(
-            iid=int(found["iid"]),
-            title=" ".join(str(found["title"]).split()),
+            iid=iid,
+            title=" ".join(str(found["title"]).split()).encode("utf-8", "replace").decode(),
             url=str(found["web_url"]),
             labels=tuple(map(str, found["labels"])),
-            receipt=artifact(settings.release_job, RECEIPT),
-            lock=artifact(settings.release_job, LOCK),
-            comment=artifact(settings.release_report_job, COMMENT),
-            comparison=artifact(settings.release_report_job, COMPARISON),
+            pipeline=int(pipeline["id"]) if pipeline else None,
+            sha=str(pipeline["sha"]) if pipeline else None,
+            receipt=receipt,
+            lock=artifact(project, trained, LOCK),
+            comment=artifact(project, report, COMMENT),
+            page=artifact(project, report, PAGE),
+            comparison=artifact(project, report, COMPARISON),
+            absent="" if receipt else why_absent(found, pipeline, jobs, trained, settings.release_job),
         )
 
 
@@ -165,22 +92,69 @@ def find_merge_request(project: Project, branch: str, commit: str) -> dict[str, 
     return None
 
 
-def published_comment(settings: Settings, review: Review, commit: str) -> tuple[str, str] | None:
-    """The report in the merge request's note and the note's address; None unless it is of `commit`, by our token.
+def reviewed_pipeline(project: Project, iid: int) -> dict[str, Any] | None:
+    """The newest successful one that ran for the merge request: on its head, its merged result or in a merge train.
 
-    Only the comment's own token tells which note is ours: anybody may write one that looks like it.
+    GitLab lists pipelines of the source branch as well, and those of a fork; they ran outside of this project's review.
     """
-    project = connect(settings, write=False)
-    if project is None or settings.comment_token is None:
-        return None
-    with explained(settings, "Looking for the comment"):
-        user = project.client.http_get("/user")
-        assert isinstance(user, dict)
-        notes = project.client.http_list(
-            f"{project.path}/merge_requests/{review.iid}/notes", iterator=True, per_page=100
+    own = re.compile(rf"refs/merge-requests/{iid}/(head|merge|train)")
+    listed = project.all(f"/merge_requests/{iid}/pipelines")
+    found = [
+        each
+        for each in listed
+        if each["status"] == "success"
+        and own.fullmatch(str(each["ref"]))
+        and each.get("project_id", project.id) == project.id
+    ]
+    return max(found, key=lambda each: int(each["id"]), default=None)
+
+
+def newest(jobs: Iterable[Job], name: str) -> Job | None:
+    """The successful job of that name; the one that ran last, where it ran again."""
+    found = [job for job in jobs if job["name"] == name and job["status"] == "success"]
+    return max(found, key=lambda job: int(job["id"]), default=None)
+
+
+def artifact(project: Project, job: Job | None, path: str) -> bytes | None:
+    return project.raw(f"/jobs/{job['id']}/artifacts/{quote(path)}") if job else None
+
+
+def why_absent(
+    found: dict[str, Any], pipeline: dict[str, Any] | None, jobs: list[Job], job: Job | None, name: str
+) -> str:
+    """Why the merge request has no receipt, and what to do about it."""
+    url = found["web_url"]
+    if pipeline is None:
+        return (
+            f"no pipeline of {url} has succeeded, neither on its head nor on a merged result nor in a train"
         )
-        for note in notes:
-            content = parse(note["body"])
-            if content and note["author"]["id"] == user["id"] and content.runs[0].commit == commit:
-                return content.report, f"{review.url}#note_{note['id']}"
+    if job is None:
+        named = ", ".join(sorted({str(each["name"]) for each in jobs})) or "none"
+        return (
+            f"the reviewed pipeline of {url}, {pipeline.get('web_url') or pipeline['id']}, has no successful job {name} "
+            f"(its jobs: {named}; RELEASE_JOB names the right one)"
+        )
+    place = f"the job {name} of {url} ({job.get('web_url') or job['id']})"
+    remedy = (
+        "Retry that job: it restores the same results and keeps them anew. Then run the release job again"
+    )
+    if job.get("erased_at"):
+        return f"the artifacts of {place} were erased on {job['erased_at']}. {remedy}"
+    expiry = job.get("artifacts_expire_at")
+    if expiry and datetime.fromisoformat(str(expiry)) <= datetime.now(UTC):
+        return f"the artifacts of {place} expired on {expiry}. {remedy}"
+    return f"{place} left no {RECEIPT}"
+
+
+def find_note(project: Project, review: Review, commit: str) -> str | None:
+    """The address of the note that shows the report of `commit`.
+
+    To link to only: whoever has the comment's token may have rewritten it, so what the reviewers saw is the file that
+    the report job kept.
+    """
+    with explained(project, "Looking for the comment"):
+        for note in project.all(f"/merge_requests/{review.iid}/notes", order_by="created_at", sort="asc"):
+            content = parse(str(note["body"]))
+            if content and content.runs[0].commit == commit:
+                return f"{review.url}#note_{note['id']}"
     return None

@@ -2,8 +2,8 @@
 
     python -m ml.release.publish
 
-lock gate → restore → the receipt's bytes → push to the main remote → commit dvc.lock, tag → bundle, registry →
-GitLab release. docs/release.md has the variables, and what happens when something is missing.
+rights → lock gate → restore → the receipt's bytes → push to the main remote → bundle → tag, commit of dvc.lock →
+registry → GitLab release. docs/release.md has the variables, and what happens when something is missing.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ml import bundle, files, git
 from ml.errors import UserError, exit_on_user_error
-from ml.release import gitlab_release, merge_request, steps, tag
+from ml.release import gitlab_release, merge_request, rights, steps, tag
+from ml.release.access import Project, explained
 from ml.release.expected import expect, own_tag, why_unexpected
 from ml.release.journal import Journal
-from ml.release.merge_request import Review
-from ml.release.steps import Released
+from ml.release.steps import Release, Released
 from ml.release.tag import Tag
 from ml.settings import Settings, load_settings
 
@@ -36,21 +36,25 @@ class Outcome:
 
 def publish(settings: Settings, journal: Journal) -> Outcome:
     """Raises UserError where the release has to stop; what was done until then stays, and running again goes on."""
+    with journal.step("check the rights of RELEASE_TOKEN"):
+        project, doors = rights.check(settings)
+        for door in doors:
+            journal.warn(door)
+        journal.say(
+            "it may do all that a release does" if project else "no GitLab is named: git pushes to origin"
+        )
+
     with journal.step("look at the commit and its review"):
-        commit = starting_commit(settings)
         tip = tag.fetch(settings.ci_default_branch)
-        if not tag.is_ancestor(commit, tip):
-            raise UserError(
-                f"{commit[:8]} is not in {settings.ci_default_branch}. Only the default branch is released: merge it."
-            )
+        commit = starting_commit(settings, tip)
         tags = tag.release_tags(commit)
         own = own_tag(tags, commit)
-        review = merge_request.find_review(settings, commit)
-        expected = expect(settings, commit, tags, review)
+        review = merge_request.find_review(project, settings, commit) if project else None
+        expected = expect(commit, tags, review)
         if review:
-            journal.say(f"merged by {review.url}")
+            journal.say(f"merged by {review.url}, reviewed in pipeline {review.pipeline or 'none'}")
         if expected is None:
-            why = why_unexpected(review, settings)
+            why = why_unexpected(review)
             if tags and not settings.release_without_review:
                 raise UserError(f"{steps.NOBODY}: {why}. {steps.LET_IT}")
             journal.say(
@@ -58,9 +62,10 @@ def publish(settings: Settings, journal: Journal) -> Outcome:
             )
         else:
             journal.say(f"{expected.by} says which bytes may be released")
+        release = Release(settings, journal, project, commit, tags, own, review)
 
     with journal.step("restore and verify every output"):
-        stages = steps.restore(settings, expected, review)
+        stages = release.restore(expected)
         ran = [stage.name for stage in stages if stage.how == "ran"]
         released = steps.candidate()
         journal.facts |= {"commit": commit, "stages_run": len(ran), "model_sha256": released.model_sha256}
@@ -69,93 +74,71 @@ def publish(settings: Settings, journal: Journal) -> Outcome:
         )
 
     with journal.step("push outputs and run records to the main remote"):
-        steps.push_outputs(settings, stages, journal)
+        release.push_outputs(stages)
 
     if own is None and tags and tags[0].holds(released.model_sha256, released.lock_sha256):
-        return unchanged(settings, tags, released, journal)
-    return new(settings, commit, tags, own, review, released, journal)
+        return unchanged(release, released)
+    return new(release, released)
 
 
-def new(
-    settings: Settings,
-    commit: str,
-    tags: list[Tag],
-    own: Tag | None,
-    review: Review | None,
-    released: Released,
-    journal: Journal,
-) -> Outcome:
-    earlier = [each for each in tags if own is None or each.version < own.version]
-    with journal.step("commit dvc.lock and tag"):
+def new(release: Release, released: Released) -> Outcome:
+    journal, own = release.journal, release.own
+    earlier = [each for each in release.tags if own is None or each.version < own.version]
+    with journal.step("choose the version and write the bundle"):
         if own is None:
-            version, why = steps.next_version(commit, tags, review, released)
+            version, why = release.next_version(released)
             journal.say(f"{version.tag}: {why}")
         else:
             version = own.version
             check_own(own, released)
             journal.say(f"{own.name} is there already: finishing what is missing")
-        target = steps.commit_and_tag(settings, commit, version, own, released, review, journal)
+        package = release.pack(version, released)
+        journal.say(f"{package.folder}: {', '.join(package.contents)}")
 
-    with journal.step("write the bundle"):
-        folder = steps.write_bundle(version, target, released)
-        journal.say(str(folder))
+    with journal.step("push the tag and commit dvc.lock"):
+        release.tag_and_commit(package)
 
-    comment, comment_url = steps.reviewed_comment(settings, review, journal)
     with journal.step("register the model"):
-        steps.register(settings, folder, review, comment_url, not earlier, journal)
+        release.register(package.folder, not earlier)
 
     with journal.step("GitLab release"):
-        url = steps.gitlab_release_of(settings, version, target, folder, review, comment, released, journal)
-    found = next(each for each in tag.release_tags(commit) if each.version == version)
-    return Outcome(found, "new", folder, url, earlier[0].name if earlier else None)
+        url = release.describe_at_gitlab(package)
+    made = next(each for each in tag.release_tags(release.commit) if each.version == version)
+    return Outcome(made, "new", package.folder, url, earlier[0].name if earlier else None)
 
 
-def unchanged(settings: Settings, tags: list[Tag], released: Released, journal: Journal) -> Outcome:
+def unchanged(release: Release, released: Released) -> Outcome:
     """The commit changed nothing that the model is made of: its release is the last one, as it is."""
-    last = tags[0]
+    journal, project, last = release.journal, release.project, release.tags[0]
     with journal.step(f"nothing to release: the model is that of {last.name}"):
-        folder = released_bundle(settings, last) or steps.write_bundle(last.version, last.commit, released)
+        folder = (project and released_bundle(project, last)) or steps.write_bundle(
+            last.version, last.commit, released
+        )
         journal.say(str(folder))
-        project = merge_request.connect(settings, write=False)
         url = None
         if project is not None:
-            with merge_request.explained(settings, "Looking for the GitLab release"):
+            with explained(project, "Looking for the GitLab release"):
                 found = gitlab_release.read(project, last.name)
             url = found["_links"]["self"] if found else None
             if found is None:
                 journal.warn(
                     f"{last.name} has no GitLab release: run the release job of {last.base[:8]} again."
                 )
-    return Outcome(last, "unchanged", folder, url, tags[1].name if len(tags) > 1 else None)
+    return Outcome(last, "unchanged", folder, url, release.tags[1].name if len(release.tags) > 1 else None)
 
 
-def released_bundle(settings: Settings, last: Tag) -> Path | None:
-    """The bundle as it was released, from the release's files; None where they are not to be had."""
-    project = merge_request.connect(settings, write=False)
-    if project is None:
-        return None
-    names = (bundle.MODEL, bundle.GOLDEN, bundle.EXPERIMENT)
-    with merge_request.explained(settings, "Fetching the released bundle"):
-        contents = {name: gitlab_release.download(project, last.version, name) for name in names}
-    found = {name: content for name, content in contents.items() if content is not None}
-    if len(found) < len(names):
-        return None
+def released_bundle(project: Project, last: Tag) -> Path | None:
+    """The bundle as it was released, from the release's files; None where they are not to be had.
+
+    Raises UserError for a file that is not the one that the tag names.
+    """
+    with explained(project, "Fetching the released bundle"):
+        contents = {name: gitlab_release.download(project, last, name) for name in steps.BUNDLE}
     folder = steps.MODELS / last.name
-    for name, content in found.items():
+    for name, content in contents.items():
+        if content is None:
+            return None
         files.write_bytes(folder / name, content)
-    described = bundle.parse_experiment(found[bundle.EXPERIMENT], f"{bundle.EXPERIMENT} of {last.name}")
-    for path, expected in (
-        (folder / bundle.MODEL, described.model),
-        (folder / bundle.GOLDEN, described.golden),
-    ):
-        if files.sha256(path) != expected.sha256:
-            raise UserError(
-                f"{path.name} of {last.name}'s package is not the one that was released. Look who changed it."
-            )
-    if described.model.sha256 != last.trailers["Model-Sha256"]:
-        raise UserError(
-            f"The package of {last.name} holds another model than its tag says. Look who changed it."
-        )
     return folder
 
 
@@ -167,15 +150,20 @@ def check_own(own: Tag, released: Released) -> None:
         )
 
 
-def starting_commit(settings: Settings) -> str:
-    """HEAD, or CI_COMMIT_SHA where an earlier attempt of this job went on to the commit of dvc.lock.
+def starting_commit(settings: Settings, tip: str) -> str:
+    """The commit to release, HEAD afterwards: CI_COMMIT_SHA, else HEAD; before the commit of dvc.lock, where an earlier
+    attempt went on to that.
 
-    Raises UserError when the working folder is not that commit.
+    Raises UserError when it is not in the default branch, whose newest commit is `tip`, or the working folder is not it.
     """
-    commit = git.head()
-    if settings.ci_commit_sha and settings.ci_commit_sha != commit:
-        tag.stand_on(git.resolve(settings.ci_commit_sha))
-        commit = settings.ci_commit_sha
+    head = git.head()
+    commit = tag.base_of(git.resolve(settings.ci_commit_sha or head), tip)
+    if not tag.is_ancestor(commit, tip):
+        raise UserError(
+            f"{commit[:8]} is not in {settings.ci_default_branch}. Only the default branch is released: merge it."
+        )
+    if commit != head:
+        tag.stand_on(commit)
     if git.is_dirty():
         raise UserError(
             f"Files differ from {commit[:8]}, so the release would not be of that commit. `git status` lists them; "
@@ -217,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     hand_on(outcome, settings)
     print(f"{outcome.tag.name} ({outcome.state}){': ' + outcome.url if outcome.url else ''}")
     for warning in journal.warnings:
-        print(f"not done: {warning}")
+        print(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from dvc.repo import Repo
 from ml import files, git
 from ml.errors import UserError, exit_on_user_error
 from ml.lock import LOCK, Lock, StageLock, parse_lock, read_lock
-from ml.release import gitlab_release, merge_request, remote, tag
-from ml.release.version import parse_version
+from ml.release import remote, tag
 from ml.settings import Settings, load_settings
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow; a commit has 40 or 64
@@ -80,7 +79,7 @@ def find(settings: Settings, name: str, lock: Path | None) -> Origin:
         model, expected_lock = trailers.get("Model-Sha256"), trailers.get("Lock-Sha256")
         iid = trailers.get("Merge-Request", "").rpartition("/")[2]
         iid = iid if iid.isdecimal() else None
-    content = recorded_lock(settings, name, commit, expected_lock, lock)
+    content = recorded_lock(name, commit, expected_lock, lock)
     return Origin(name, commit, parse_lock(content, f"{LOCK} of {name}"), model, iid or None)
 
 
@@ -101,10 +100,8 @@ def tag_trailers(name: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def recorded_lock(
-    settings: Settings, name: str, commit: str, expected: str | None, given: Path | None
-) -> bytes:
-    """The dvc.lock that the result was recorded in: the commit's, else the one in the release's files."""
+def recorded_lock(name: str, commit: str, expected: str | None, given: Path | None) -> bytes:
+    """The dvc.lock that the result was recorded in: the one that is given, else the commit's."""
     if given is not None:
         return files.read_bytes(given, "evaluate")
     committed = git.show(commit, LOCK)
@@ -112,15 +109,9 @@ def recorded_lock(
         return committed
     if expected is None:
         raise UserError(f"{name} has no {LOCK}, so nobody knows what it gave. Name one: --lock FILE.")
-    found, project = parse_version(name), merge_request.connect(settings, write=False)
-    if found is not None and project is not None:
-        with merge_request.explained(settings, f"Fetching {LOCK} of {name}"):
-            content = gitlab_release.download(project, found, LOCK)
-        if content is not None and hashlib.sha256(content).hexdigest() == expected:
-            return content
     raise UserError(
-        f"The {LOCK} of {name} (sha256 {expected}) is not in its commit: nobody could push it there. Take it from the "
-        "files of the GitLab release, or from the run's artifacts, and name it: --lock FILE."
+        f"The {LOCK} of {name} (sha256 {expected}) is not in its commit. Take it from the files of the GitLab release, or "
+        "from the run's artifacts, and name it: --lock FILE."
     )
 
 

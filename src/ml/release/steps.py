@@ -22,15 +22,16 @@ from ml.release import (
     pipeline,
     provenance,
     push,
-    receipt,
     remote,
     tag,
 )
+from ml.release.access import Project, explained
 from ml.release.expected import Expected
+from ml.release.gitlab_release import sha256
 from ml.release.journal import Journal
 from ml.release.merge_request import Review
 from ml.release.receipt import StageRecord
-from ml.release.tag import Tag
+from ml.release.tag import SUMS, Tag
 from ml.release.version import Version, choose, interface_hash
 from ml.remotes import MAIN
 from ml.report import card, gate
@@ -40,17 +41,20 @@ from ml.settings import Settings
 
 MODELS = Path("models")
 TITLE_LIMIT = 100  # characters of a merge request's title in the tag's first line
+COMMENT = Path(merge_request.COMMENT).name
+BUNDLE = (bundle.MODEL, bundle.GOLDEN, bundle.EXPERIMENT)
 NOBODY = "Nobody has reviewed what this commit gives"
 LET_IT = (
-    "Nothing was released. Bring it in by a merge request, or set RELEASE_WITHOUT_REVIEW=1 for one pipeline of the "
-    "default branch."
+    "Nothing was released. Bring it in by a merge request; or let a Maintainer set the variable RELEASE_WITHOUT_REVIEW=1 "
+    "(protected, environment scope release/*), retry this job, and take the variable away again."
 )
 WAYS_ON = (
     "Another merge may have come in between, or outputs have gone from the remotes. Either bring the default branch "
-    "into a merge request, let its pipeline run, and merge that; or set RELEASE_REBUILD=1 for one pipeline of the "
-    "default branch: it trains there and demands the reviewed bytes."
+    "into a merge request, let its pipeline run, and merge that; or let a Maintainer set the variable RELEASE_REBUILD=1 "
+    "(protected, environment scope release/*) and retry this job: it trains here and demands the reviewed bytes."
 )
 LATER = "Run the release job again; it goes on where it stopped."
+PUSHER = "See that RELEASE_TOKEN may make it (Settings → Repository → Protected tags)"
 
 
 @dataclass(frozen=True)
@@ -67,37 +71,279 @@ class Released:
         return hashlib.sha256(self.lock).hexdigest()
 
 
-# ---- 1. Restore or rebuild
+@dataclass(frozen=True)
+class Package:
+    """What the tag vouches for, made before the tag is; nothing of it has left this machine yet.
 
-
-def restore(settings: Settings, expected: Expected | None, review: Review | None) -> list[StageRecord]:
-    """Put every output of dvc.lock into place, and run only what the settings allow to run.
-
-    Raises UserError when the lock is not right, an output is missing, or the bytes are not the expected ones.
+    `commit`: the one that the tag names, the released one or the one after it that adds dvc.lock.
     """
-    clean.clean()
-    remote.configure(settings, merge_request=review.iid if review else None)
-    rebuild = settings.release_rebuild
-    may_run = rebuild or settings.release_without_review or expected is None
-    if expected is not None:
-        files.write_bytes(Path(LOCK), expected.lock)
-    if not may_run:
-        check_lock(expected)
-    try:
-        stages: list[StageRecord] = pipeline.reproduce(settings, allow_run=may_run, force=rebuild)
-    except pipeline.WouldRun as error:
-        raise UserError(f"{error}\n{WAYS_ON}") from None
-    provenance.verify_outputs()
-    if expected is not None:
-        found = differences(expected)
-        if found and not settings.release_without_review:
-            raise UserError(
-                f"What was {'rebuilt' if rebuild else 'restored'} is not what {expected.by} vouches for:\n  "
-                + "\n  ".join(found)
-                + "\nNothing was released. `python -m ml.release.reproduce` on the merge request's commit tells "
-                "which stage differs; RELEASE_WITHOUT_REVIEW=1 releases it all the same."
+
+    version: Version
+    commit: str
+    released: Released
+    folder: Path  # of the bundle
+    contents: dict[str, bytes]  # of all files, by name
+
+    @property
+    def sums(self) -> dict[str, str]:
+        return {name: sha256(content) for name, content in self.contents.items()}
+
+
+@dataclass(frozen=True)
+class Release:
+    """The release of one commit, step by step.
+
+    `project`: GitLab's, None outside of it. `tags`: all releases, the newest first. `own`: this commit's, where an
+    earlier attempt has made it.
+    """
+
+    settings: Settings
+    journal: Journal
+    project: Project | None
+    commit: str
+    tags: list[Tag]
+    own: Tag | None
+    review: Review | None
+
+    # ---- Restore or rebuild
+
+    def restore(self, expected: Expected | None) -> list[StageRecord]:
+        """Put every output of dvc.lock into place, and run only what the settings allow to run.
+
+        Raises UserError when the lock is not right, an output is missing, or the bytes are not the expected ones.
+        """
+        settings, review = self.settings, self.review
+        clean.clean()
+        remote.configure(settings, merge_request=review.iid if review else None)
+        rebuild = settings.release_rebuild
+        may_run = rebuild or settings.release_without_review or expected is None
+        if expected is not None:
+            files.write_bytes(Path(LOCK), expected.lock)
+        if not may_run:
+            check_lock(expected)
+        try:
+            stages: list[StageRecord] = pipeline.reproduce(settings, allow_run=may_run, force=rebuild)
+        except pipeline.WouldRun as error:
+            raise UserError(f"{error}\n{WAYS_ON}") from None
+        provenance.verify_outputs()
+        if expected is not None:
+            found = differences(expected)
+            if found and not settings.release_without_review:
+                raise UserError(
+                    f"What was {'rebuilt' if rebuild else 'restored'} is not what {expected.by} vouches for:\n  "
+                    + "\n  ".join(found)
+                    + "\nNothing was released. `python -m ml.release.reproduce` on the merge request's commit tells "
+                    "which stage differs; RELEASE_WITHOUT_REVIEW=1 releases it all the same."
+                )
+        return stages
+
+    def push_outputs(self, stages: list[StageRecord]) -> None:
+        """Outputs, data, run records and receipts to the main remote; verified where they arrive."""
+        sent = push.push(MAIN, self.settings, stages)
+        self.journal.say(f"{sent} objects sent" if sent else "all of them were there")
+
+    # ---- Version and files
+
+    def next_version(self, released: Released) -> tuple[Version, str]:
+        last = self.tags[0] if self.tags else None
+        before: Lock | None = None
+        messages: list[str] = []
+        if last is not None:
+            content = git.show(last.commit, LOCK)
+            before = parse_lock(content, f"{LOCK} of {last.name}") if content else None
+            messages = tag.messages(last.base, self.commit)
+        title = [self.review.title] if self.review else []
+        known = last.trailers.get("Interface") if last else None
+        return choose(
+            last=last.version if last else None,
+            labels=self.review.labels if self.review else (),
+            messages=title + messages,
+            same_interface=known in (None, released.interface),
+            before=before,
+            now=parse_lock(released.lock, LOCK),
+        )
+
+    def pack(self, version: Version, released: Released) -> Package:
+        """Write the bundle and the model card, and collect them with dvc.lock and the reviewed comment."""
+        if self.own is not None:
+            target = self.own.commit
+        elif git.show(self.commit, LOCK) == released.lock:
+            target = self.commit
+        else:
+            target = tag.lock_commit(self.commit, released.lock, lock_message(version))
+        folder = write_bundle(version, target, released)
+        files.write_text(card.CARD, card.card(card.gather()))
+        contents = gitlab_release.files_of(folder, card.CARD, Path(LOCK))
+        if self.review:
+            seen = {merge_request.COMMENT: self.review.comment, merge_request.PAGE: self.review.page}
+            contents |= {Path(path).name: content for path, content in seen.items() if content is not None}
+        if self.own is not None:
+            contents = self.as_tagged(self.own, contents, folder)
+        elif self.review and self.review.comment is None:
+            self.journal.warn(
+                f"the reviewed pipeline of {self.review.url} has no {merge_request.COMMENT} (any more), so the release is "
+                "without what the reviewers saw."
             )
-    return stages
+        return Package(version, target, released, folder, dict(sorted(contents.items())))
+
+    def as_tagged(self, own: Tag, contents: dict[str, bytes], folder: Path) -> dict[str, bytes]:
+        """The files that the tag names: as they were made now, or where that gives other bytes, as they were uploaded.
+
+        Raises UserError when a file of the bundle is to be had neither way.
+        """
+        right = {}
+        for name, digest in own.sums.items():
+            content = contents.get(name)
+            if content is None or sha256(content) != digest:
+                content = self.uploaded(own, name)
+                if content is not None and name in BUNDLE:
+                    files.write_bytes(folder / name, content)
+            if content is not None:
+                right[name] = content
+            elif name in BUNDLE:
+                raise UserError(
+                    f"{name} comes out otherwise than {own.name} says (sha256 {sha256(contents[name])}, and {SUMS} in the "
+                    f"tag says {digest}), and its package does not have it. This job's image may be another one than the "
+                    f"tag was made in: run the job with that one; or delete the tag {own.name} (Code → Tags), if nobody "
+                    "uses it yet, and run the job again."
+                )
+            else:
+                self.journal.warn(
+                    f"{name}, which {own.name} names (sha256 {digest}), is to be had no more: left out."
+                )
+        return right
+
+    def uploaded(self, own: Tag, name: str) -> bytes | None:
+        if self.project is None:
+            return None
+        with explained(self.project, f"Fetching {name} of {own.name}"):
+            return gitlab_release.download(self.project, own, name)
+
+    # ---- Tag and commit
+
+    def tag_and_commit(self, package: Package) -> None:
+        """Push the tag, then dvc.lock to the default branch.
+
+        In this order, for the tag takes the version: whoever comes second is refused, before the branch speaks of a
+        release that there is not. Raises UserError when the tag is refused; a refused commit is said.
+        """
+        settings, name, released = self.settings, package.version.tag, package.released
+        if self.own is None:
+            made = tag.tag_object(name, package.commit, self.commit, tag_message(package, self.review))
+            pushed = tag.push(settings, made, f"refs/tags/{name}")
+            if pushed.race:
+                raise UserError(f"Somebody else has just pushed the tag {name}. {LATER}")
+            if not pushed.done:
+                raise UserError(
+                    f"The tag {name} could not be pushed: {pushed.reason}. {PUSHER}, and that no rule of the project "
+                    f"forbids it. {LATER}"
+                )
+        if git.show(self.commit, LOCK) == released.lock:
+            self.journal.say(f"{LOCK} is committed already")
+        elif refused := tag.commit_lock(settings, self.commit, released.lock, lock_message(package.version)):
+            self.journal.warn(
+                f"{LOCK} was not committed to {settings.ci_default_branch}: {refused}. The tag has it."
+            )
+        else:
+            self.journal.say(f"{LOCK} is on {settings.ci_default_branch}")
+        tag.fetch(settings.ci_default_branch)
+
+    # ---- Registry
+
+    def register(self, folder: Path, first: bool) -> str | None:
+        """The model's address in MLflow's registry; None where there is no MLflow or it does not answer, which is said."""
+        settings, review, journal = self.settings, self.review, self.journal
+        if "mlflow_tracking_uri" not in settings.model_fields_set:
+            journal.say("MLFLOW_TRACKING_URI is not set: not registered")
+            return None
+        if importlib.util.find_spec("mlflow") is None:
+            journal.warn(
+                "MLFLOW_TRACKING_URI is set, but mlflow is not installed here (pip install '.[track]')."
+            )
+            return None
+        from ml.tracking import registry
+        from ml.tracking.client import without_password
+
+        try:
+            found = registry.register(
+                settings,
+                folder,
+                comment_url=self.comment_url(),
+                gate=how_it_passed(review, first),
+                merge_request_url=review.url if review else None,
+            )
+        except Exception as error:  # the server's, its store's or the network's: none may cost the release
+            journal.warn(f"the model was not registered in MLflow: {without_password(str(error))} {LATER}")
+            return None
+        journal.say(f"registered as {found.uri}")
+        return str(found.uri)
+
+    def comment_url(self) -> str | None:
+        """Of the note that shows the reviewed commit's report, else of the merge request."""
+        if self.review is None or self.project is None:
+            return None
+        note = (
+            merge_request.find_note(self.project, self.review, self.review.sha) if self.review.sha else None
+        )
+        return note or self.review.url
+
+    # ---- GitLab release
+
+    def describe_at_gitlab(self, package: Package) -> str | None:
+        """Upload the files, write the release, link them; its address, None without a GitLab."""
+        if self.project is None:
+            self.journal.warn("no GitLab release: CI_API_V4_URL and CI_PROJECT_ID do not name a project.")
+            return None
+        with explained(self.project, "Writing the GitLab release"):
+            return self.write_release(self.project, package)
+
+    def write_release(self, project: Project, package: Package) -> str:
+        version, review, released = package.version, self.review, package.released
+        sums = gitlab_release.checksums(self.own.sums if self.own else package.sums).encode()
+        assets, count = [], 0
+        for name, content in (package.contents | {SUMS: sums}).items():
+            asset, before = gitlab_release.upload(project, version, name, content)
+            assets.append(asset)
+            count += before != content
+            if before not in (None, content):
+                self.journal.warn(
+                    f"{name} in the package {gitlab_release.PACKAGE}/{version} was another file (sha256 "
+                    f"{sha256(before)}): somebody with the role Developer or higher has put it there. The released one "
+                    "is in its place; look who."
+                )
+        summary = [
+            ("commit", f"`{package.commit}`"),
+            ("model, sha256", f"`{released.model_sha256}`"),
+            (f"{LOCK}, sha256", f"`{released.lock_sha256}`"),
+            ("data", escape(released.data_hash, 100)),
+        ]
+        comment = package.contents.get(COMMENT)
+        text = gitlab_release.describe(
+            version.tag,
+            summary,
+            comment.decode("utf-8", "replace") if comment else None,
+            package.contents[card.CARD.name].decode() if card.CARD.name in package.contents else "",
+            assets,
+            review.url if review else None,
+        )
+        url, new = gitlab_release.write(project, version.tag, f"Model {version}", text)
+        wanted = {asset.name: (asset.url, "package") for asset in assets}
+        if review:
+            wanted[f"merge request !{review.iid}"] = (review.url, "other")
+        for name, (address, kind) in wanted.items():
+            elsewhere = gitlab_release.link(project, version.tag, name, address, kind)
+            if elsewhere:
+                self.journal.warn(
+                    f"the link {name} of {version.tag} led to {elsewhere:.200}; it leads to {address} again."
+                )
+        for link in gitlab_release.links(project, version.tag):
+            if link["name"] not in (*wanted, gitlab_release.IMAGE_LINK):
+                self.journal.warn(
+                    f"the release {version.tag} has a link that this job did not make: {str(link['name'])!r:.100} to "
+                    f"{str(link['url']):.200}. Its file is not among those in {SUMS} of the tag."
+                )
+        self.journal.say(f"{'made' if new else 'updated'} {url}; {count} of {len(assets)} files sent")
+        return url
 
 
 def check_lock(expected: Expected | None) -> None:
@@ -139,42 +385,10 @@ def candidate() -> Released:
     )
 
 
-# ---- 2. Outputs to the main remote
-
-
-def push_outputs(settings: Settings, stages: list[StageRecord], journal: Journal) -> None:
-    """Outputs, data, run records and receipts; verified where they arrive."""
-    sent = push.push(MAIN, settings, stages)
-    journal.say(f"{sent} objects sent" if sent else "all of them were there")
-
-
-# ---- 3. Commit and tag
-
-
-def next_version(
-    commit: str, tags: list[Tag], review: Review | None, released: Released
-) -> tuple[Version, str]:
-    last = tags[0] if tags else None
-    before: Lock | None = None
-    messages: list[str] = []
-    if last is not None:
-        content = git.show(last.commit, LOCK)
-        before = parse_lock(content, f"{LOCK} of {last.name}") if content else None
-        messages = tag.run("log", "--format=%B%x01", f"{last.base}..{commit}").split("\x01")
-    title = [review.title] if review else []
-    known = last.trailers.get("Interface") if last else None
-    return choose(
-        last=last.version if last else None,
-        labels=review.labels if review else (),
-        messages=title + [message.strip() for message in messages],
-        same_interface=known in (None, released.interface),
-        before=before,
-        now=parse_lock(released.lock, LOCK),
-    )
-
-
-def tag_message(version: Version, released: Released, review: Review | None) -> str:
+def tag_message(package: Package, review: Review | None) -> str:
+    """Title, sums of the release's files, trailers."""
     title = f": {review.title}"[:TITLE_LIMIT] if review else ""
+    released = package.released
     trailers = {
         "Model-Sha256": released.model_sha256,
         "Lock-Sha256": released.lock_sha256,
@@ -184,76 +398,12 @@ def tag_message(version: Version, released: Released, review: Review | None) -> 
     if review:
         trailers["Merge-Request"] = review.url
     lines = "\n".join(f"{key}: {value}" for key, value in trailers.items())
-    return f"Model {version}{title}\n\n{lines}\n"
+    sums = gitlab_release.checksums(package.sums)
+    return f"Model {package.version}{title}\n\n{SUMS}\n{sums}\n{lines}\n"
 
 
 def lock_message(version: Version) -> str:
-    return f"Record the results of {version.tag} in {LOCK} [skip ci]\n\nWritten by the release job."
-
-
-def commit_and_tag(
-    settings: Settings,
-    commit: str,
-    version: Version,
-    own: Tag | None,
-    released: Released,
-    review: Review | None,
-    journal: Journal,
-) -> str:
-    """Bring dvc.lock to the default branch and the tag to the repository; the commit that the tag names.
-
-    What may not be pushed is left out and said; a tag that may not be pushed GitLab makes with the release. `own` is
-    the tag that is there already: it stays as it is.
-    """
-    before, message = git.show(commit, LOCK), tag_message(version, released, review)
-    target = commit
-    if before == released.lock:
-        journal.say(f"{LOCK} is committed already")
-    else:
-        target = tag.lock_commit(commit, released.lock, lock_message(version))
-        refused = tag.commit_lock(settings, commit, released.lock, lock_message(version))
-        if refused:
-            journal.warn(
-                f"{LOCK} was not committed to {settings.ci_default_branch}: {refused}.{remedy(settings)}"
-            )
-        else:
-            journal.say(f"{LOCK} is on {settings.ci_default_branch}")
-    if own is not None:
-        return own.commit
-    pushed = tag.push(
-        settings, tag.tag_object(version.tag, target, commit, message), f"refs/tags/{version.tag}"
-    )
-    if not pushed.done:
-        if pushed.race:
-            raise UserError(f"Somebody else has just pushed the tag {version.tag}. {LATER}")
-        # The commit beside the branch is not there either, when nothing may be pushed.
-        target = target if tag.is_ancestor(target, tag.fetch(settings.ci_default_branch)) else commit
-        journal.warn(
-            f"the tag could not be pushed: {pushed.reason}.{remedy(settings)} GitLab makes it instead."
-        )
-        release_by_api(settings, version, target, message)
-    tag.fetch(settings.ci_default_branch)
-    return git.resolve(version.tag)
-
-
-def remedy(settings: Settings) -> str:
-    if settings.release_token is None:
-        return " RELEASE_TOKEN (project access token, scope write_repository) is not set."
-    return " RELEASE_TOKEN needs scope write_repository and a role that may push there."
-
-
-def release_by_api(settings: Settings, version: Version, commit: str, message: str) -> None:
-    project = merge_request.connect(settings, write=True)
-    if project is None:
-        raise UserError(
-            f"{version.tag} cannot be made: nothing may be pushed, and CI_API_V4_URL, CI_PROJECT_ID and a token do "
-            "not name a GitLab that could make it. Set RELEASE_TOKEN, then run the job again."
-        )
-    with merge_request.explained(settings, f"Making the tag {version.tag}"):
-        gitlab_release.write(project, version.tag, commit, message, "This release is being made.")
-
-
-# ---- 4. Bundle and registry
+    return f"Record the results of {version.tag} in {LOCK}\n\nWritten by the release job."
 
 
 def write_bundle(version: Version, commit: str, released: Released) -> Path:
@@ -274,99 +424,3 @@ def how_it_passed(review: Review | None, first: bool) -> str:
     if comparison.problem == "first_run":
         return "first"
     return "passed" if gate.without_label(comparison).passes else "accepted-regression"
-
-
-def register(
-    settings: Settings,
-    folder: Path,
-    review: Review | None,
-    comment_url: str | None,
-    first: bool,
-    journal: Journal,
-) -> str | None:
-    """The model's address in MLflow's registry; None where there is no MLflow or it does not answer, which is said."""
-    if "mlflow_tracking_uri" not in settings.model_fields_set:
-        journal.say("MLFLOW_TRACKING_URI is not set: not registered")
-        return None
-    if importlib.util.find_spec("mlflow") is None:
-        journal.warn("MLFLOW_TRACKING_URI is set, but mlflow is not installed here (pip install '.[track]').")
-        return None
-    from ml.tracking import registry
-    from ml.tracking.client import without_password
-
-    try:
-        found = registry.register(
-            settings,
-            folder,
-            comment_url=comment_url,
-            gate=how_it_passed(review, first),
-            merge_request_url=review.url if review else None,
-        )
-    except Exception as error:  # the server's, its store's or the network's: none may cost the release
-        journal.warn(f"the model was not registered in MLflow: {without_password(str(error))} {LATER}")
-        return None
-    journal.say(f"registered as {found.uri}")
-    return str(found.uri)
-
-
-# ---- 5. GitLab release
-
-
-def reviewed_comment(
-    settings: Settings, review: Review | None, journal: Journal
-) -> tuple[str | None, str | None]:
-    """The comment's text and its address: from the note, whose pictures are uploaded, else from the job."""
-    if review is None:
-        return None, None
-    try:
-        seen = receipt.parse(review.receipt or b"", f"the receipt of !{review.iid}")
-        found = merge_request.published_comment(settings, review, seen.commit)
-    except UserError as error:
-        journal.warn(f"the comment could not be read from the merge request: {str(error).splitlines()[0]}")
-        found = None
-    if found is not None:
-        return found
-    text = review.comment.decode("utf-8", "replace") if review.comment else None
-    return text, review.url if text else None
-
-
-def gitlab_release_of(
-    settings: Settings,
-    version: Version,
-    commit: str,
-    folder: Path,
-    review: Review | None,
-    comment: str | None,
-    released: Released,
-    journal: Journal,
-) -> str | None:
-    """The release's address; None without a GitLab."""
-    model_card = card.card(card.gather())
-    files.write_text(card.CARD, model_card)
-    project = merge_request.connect(settings, write=True)
-    if project is None:
-        journal.warn("no GitLab release: CI_API_V4_URL, CI_PROJECT_ID and a token do not name a project.")
-        return None
-    with merge_request.explained(settings, "Writing the GitLab release"):
-        contents = gitlab_release.files_of(folder, card.CARD, Path(LOCK))
-        sent = [gitlab_release.upload(project, version, name, content) for name, content in contents.items()]
-        assets = [asset for asset, _ in sent]
-        sums, _ = gitlab_release.upload(project, version, "SHA256SUMS", gitlab_release.checksums(assets))
-        summary = [
-            ("commit", f"`{commit}`"),
-            ("model, sha256", f"`{released.model_sha256}`"),
-            (f"{LOCK}, sha256", f"`{released.lock_sha256}`"),
-            ("data", escape(released.data_hash, 100)),
-        ]
-        text = gitlab_release.describe(
-            version.tag, summary, comment, model_card, assets, review.url if review else None
-        )
-        message = tag_message(version, released, review)
-        url, new = gitlab_release.write(project, version.tag, commit, message, text, f"Model {version}")
-        for asset in [*assets, sums]:
-            gitlab_release.link(project, version.tag, asset.name, asset.url, "package")
-        if review:
-            gitlab_release.link(project, version.tag, f"merge request !{review.iid}", review.url, "other")
-    count = sum(new_file for _, new_file in sent)
-    journal.say(f"{'made' if new else 'updated'} {url}; {count} of {len(assets)} files sent")
-    return url

@@ -6,6 +6,7 @@ objects whenever it is repeated; pushing one that is there already changes nothi
 
 import base64
 import os
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -21,22 +22,35 @@ from ml.settings import Settings
 
 ATTEMPTS = 5  # at the default branch, when others push to it meanwhile
 IDENTITY = {"NAME": "Release job", "EMAIL": "release@noreply.localhost"}  # GIT_COMMITTER_NAME and its kin win
-RACES = (
-    "[rejected]",
-    "cannot lock ref",
-    "failed to update ref",
-)  # in git's words; a refusal is "[remote rejected]"
+# in git's words; a refusal is "[remote rejected]"
+RACES = ("[rejected]", "cannot lock ref", "failed to update ref")
+SUMS = "SHA256SUMS"  # the line above the sums in a tag's message, and the file of them among the release's
+SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
+NO_PIPELINE = "ci.skip"  # push option
+# Whatever the machine or the repository prefer: messages come as UTF-8, and paths as they are.
+SAME_EVERYWHERE = (
+    "i18n.commitEncoding=UTF-8",
+    "i18n.logOutputEncoding=UTF-8",
+    "core.quotePath=false",
+    "fetch.recurseSubmodules=false",
+    "push.recurseSubmodules=no",
+)
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A release. `base` is the commit that was released: `commit` itself, or its parent where it adds dvc.lock."""
+    """A release. `base` is the commit that was released: `commit` itself, or its parent where it adds dvc.lock.
+
+    `sums`: the SHA-256 of each of its files by name. The tag is protected, its package is not: Developers may put
+    another file of the same name on top.
+    """
 
     name: str
     version: Version
     commit: str
     base: str
     trailers: dict[str, str]
+    sums: dict[str, str]
 
     def holds(self, model_sha256: str, lock_sha256: str) -> bool:
         return (self.trailers.get("Model-Sha256"), self.trailers.get("Lock-Sha256")) == (
@@ -63,22 +77,43 @@ def run(*arguments: str, text: str | None = None, **environment: str) -> str:
 def attempt(
     *arguments: str, text: str | None = None, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Never asks for a password: without the right one the command fails."""
+    """Never asks for a password: without the right one the command fails.
+
+    Bytes that are not UTF-8, as in names and messages of commits, are handed through as they are (surrogateescape).
+    """
     silent = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    options = [word for setting in SAME_EVERYWHERE for word in ("-c", setting)]
     return subprocess.run(
-        ["git", *arguments], input=text, capture_output=True, text=True, env=os.environ | silent | environment
+        ["git", *options, *arguments],
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env=os.environ | silent | environment,
     )
 
 
 def last_line(output: str) -> str:
-    """The last line that says something."""
+    """The last line that says something, fit to be printed."""
     lines = [line for line in output.strip().splitlines() if line.strip() and not line.startswith("hint:")]
     told = [line for line in lines if line.startswith(("remote: GitLab:", "fatal:", "error:", " !"))] or lines
-    return told[0].strip() if told else "no message"
+    return printable(told[0].strip()) if told else "no message"
+
+
+def printable(text: str) -> str:
+    """With a question mark for each byte that was not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def parents(commit: str) -> list[str]:
     return run("rev-list", "--parents", "--max-count=1", commit).split()[1:]
+
+
+def messages(before: str, commit: str) -> list[str]:
+    """Of the commits after `before`; of those that touch the project, where it lies in a folder of the repository."""
+    own = ("--", ".") if run("rev-parse", "--show-prefix") else ()
+    told = run("log", "--format=%B%x01", f"{before}..{commit}", *own).split("\x01")
+    return [message.strip() for message in told if message.strip()]
 
 
 def is_ancestor(older: str, newer: str) -> bool:
@@ -105,20 +140,37 @@ def fetch(branch: str) -> str:
 
 def release_tags(head: str) -> list[Tag]:
     """All that are named model-vX.Y.Z, the highest version first, as seen from the commit `head`."""
-    form = "%(refname:strip=2)%00%(objectname)%00%(*objectname)%00%(contents:trailers:only,unfold)%01"
-    listed = run("for-each-ref", f"--format={form}", f"refs/tags/{PREFIX}*")
+    fields = (
+        "refname:strip=2",
+        "objectname",
+        "*objectname",
+        "contents:trailers:only,unfold",
+        "contents:body",
+    )
+    form = "%00".join(f"%({field})" for field in fields)
+    listed = run("for-each-ref", f"--format={form}%01", f"refs/tags/{PREFIX}*")
     found = []
     for entry in listed.split("\x01"):
         name, *rest = entry.strip("\n").split("\0")
         version = parse_version(name)
         if version is not None:
-            target, peeled, trailers = rest
+            target, peeled, lines, body = rest
             commit = peeled or target
-            pairs = (line.partition(": ") for line in trailers.splitlines())
-            found.append(
-                Tag(name, version, commit, base_of(commit, head), {key: value for key, _, value in pairs})
-            )
+            pairs = (line.partition(": ") for line in lines.splitlines())
+            trailers = {key: value for key, _, value in pairs}
+            found.append(Tag(name, version, commit, base_of(commit, head), trailers, sums_of(body)))
     return sorted(found, key=lambda tag: tag.version, reverse=True)
+
+
+def sums_of(body: str) -> dict[str, str]:
+    """The sums in the body of a tag's message, by the files' names: the lines below SHA256SUMS, as sha256sum writes them."""
+    lines = iter(body.splitlines())
+    found = {}
+    for line in lines:
+        if line == SUMS:
+            while match := SUM.fullmatch(next(lines, "")):
+                found[match[2]] = match[1]
+    return found
 
 
 def base_of(commit: str, head: str) -> str:
@@ -126,8 +178,10 @@ def base_of(commit: str, head: str) -> str:
     if is_ancestor(commit, head):
         return commit
     above = parents(commit)
-    changed = run("diff", "--name-only", above[0], commit).splitlines() if len(above) == 1 else []
-    return above[0] if changed == [lock_path()] else commit
+    if len(above) != 1:
+        return commit
+    changed = run("diff-tree", "-r", "--no-relative", "--name-only", "-z", above[0], commit)
+    return above[0] if changed.rstrip("\0") == lock_path() else commit
 
 
 def lock_path() -> str:
@@ -170,21 +224,19 @@ def stand_on(commit: str) -> None:
     run("read-tree", commit)
 
 
-def push(settings: Settings, source: str, ref: str) -> Pushed:
-    """Push one object to `ref` of the project's repository, starting no pipeline.
+def push(settings: Settings, source: str, ref: str, *options: str) -> Pushed:
+    """Push one object to `ref` of the project's repository with RELEASE_TOKEN, without one as `origin` is set up.
 
-    With RELEASE_TOKEN, else CI_JOB_TOKEN (which the project may allow), else as `origin` is set up.
+    `options`: push options; left out where the server knows none.
     """
-    token, user = settings.release_token, "oauth2"
-    if token is None and settings.ci_job_token is not None:
-        token, user = settings.ci_job_token, "gitlab-ci-token"
+    token = settings.release_token
     if token is None or settings.ci_project_url is None:
         address, environment = "origin", {}
     else:
         address = f"{settings.ci_project_url}.git"
-        environment = authorization(address, user, token)
+        environment = authorization(settings, address, token)
     command = ["push", "--porcelain", address, f"{source}:{ref}"]
-    done = attempt(*command, "--push-option=ci.skip", **environment)
+    done = attempt(*command, *(f"--push-option={option}" for option in options), **environment)
     if done.returncode and "does not support push options" in done.stderr:
         done = attempt(*command, **environment)
     if done.returncode == 0:
@@ -194,22 +246,24 @@ def push(settings: Settings, source: str, ref: str) -> Pushed:
     return Pushed(False, race, last_line(done.stderr).replace(address, "the repository"))
 
 
-def authorization(address: str, user: str, token: SecretStr) -> dict[str, str]:
+def authorization(settings: Settings, address: str, token: SecretStr) -> dict[str, str]:
     """Environment for git to send the token to `address`; not on the command line, which others could read."""
     count = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
-    secret = base64.b64encode(f"{user}:{token.get_secret_value()}".encode()).decode()
-    settings = {
+    secret = base64.b64encode(f"oauth2:{token.get_secret_value()}".encode()).decode()
+    values = {
         "credential.helper": "",
         f"http.{address}.extraHeader": f"Authorization: Basic {secret}",
     }
-    environment = {"GIT_CONFIG_COUNT": str(count + len(settings))}
-    for number, (key, value) in enumerate(settings.items(), count):
+    if settings.ci_server_tls_ca_file is not None:
+        values[f"http.{address}.sslCAInfo"] = str(settings.ci_server_tls_ca_file)
+    environment = {"GIT_CONFIG_COUNT": str(count + len(values))}
+    for number, (key, value) in enumerate(values.items(), count):
         environment |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     return environment
 
 
 def commit_lock(settings: Settings, base: str, lock: bytes, message: str) -> str | None:
-    """Bring `lock` to the default branch as a commit of its own, after what others pushed meanwhile.
+    """Bring `lock` to the default branch as a commit of its own, after what others pushed meanwhile; no pipeline runs.
 
     Returns None when the branch has it now, else the reason why not.
     """
@@ -224,7 +278,7 @@ def commit_lock(settings: Settings, base: str, lock: bytes, message: str) -> str
             return f"{branch} no longer has {base[:8]} in its history"
         if found != before:
             return f"{branch} has moved on and brings a {LOCK} of its own, whose release will commit it"
-        pushed = push(settings, lock_commit(tip, lock, message), f"refs/heads/{branch}")
+        pushed = push(settings, lock_commit(tip, lock, message), f"refs/heads/{branch}", NO_PIPELINE)
         if pushed.done:
             run("update-ref", f"refs/remotes/origin/{branch}", fetch(branch))
             return None

@@ -25,11 +25,14 @@ from ml.lock import LOCK, Lock, parse_lock
 from ml.params import PARAMS_FILE, plain
 from ml.settings import Settings
 from ml.tracking.lifecycle import State
-from ml.tracking.registry import GATES
+from ml.tracking.registry import BUNDLE_FILES, GATES
 from ml.tracking.store import MANIFEST, METRICS_FILE, Registry, Version, manifest, numbers, texts
 
-NOTE = re.compile(r"(https?://[^/\s]+)/(\S+?)/-/merge_requests/(\d+)(?:#note_(\d+))?")
-COMMIT_NOTE = re.compile(r"(https?://[^/\s]+)/(\S+?)/-/commit/([0-9a-f]{40,64})(?:#note_(\d+))?")
+NOTE = re.compile(r"(https?://[^/\s]+/\S+?)/-/merge_requests/(\d+)(?:#note_(\d+))?")
+COMMIT_NOTE = re.compile(r"(https?://[^/\s]+/\S+?)/-/commit/([0-9a-f]{40,64})(?:#note_(\d+))?")
+SUM = re.compile(
+    r"(?m)^([0-9a-f]{64})  (\S+)$"
+)  # in a release tag's message: the SHA-256 of each of its files
 
 
 class Missing(Exception):
@@ -255,7 +258,8 @@ def release(evidence: Evidence) -> None:
     if tagged is None:
         return
     same("git_commit", evidence.tag("git_commit"), tagged.decode().strip(), f"git tag {tag}")
-    message = (git.run_git("for-each-ref", "--format=%(contents)", f"refs/tags/{tag}") or b"").decode()
+    told = git.run_git("for-each-ref", "--format=%(contents)", f"refs/tags/{tag}") or b""
+    message = told.decode("utf-8", "replace")
     trailers = dict(re.findall(r"(?m)^([A-Z][\w-]+): (\S+)$", message))
     for trailer, key in (
         ("Model-Sha256", "model_sha256"),
@@ -264,6 +268,10 @@ def release(evidence: Evidence) -> None:
     ):
         if trailer in trailers:
             same(key, evidence.tag(key), trailers[trailer], f"git tag {tag}")
+    for digest, name in SUM.findall(message):
+        if name in BUNDLE_FILES:
+            path = evidence.file(f"bundle/{name}")
+            same(f"sha256 of bundle/{name}", files.sha256(path), digest, f"git tag {tag}")
 
 
 def run(evidence: Evidence) -> None:
@@ -302,21 +310,33 @@ def comment(evidence: Evidence) -> None:
 
 
 def exists(url: str, match: re.Match[str], settings: Settings) -> bool | None:
-    """None where GitLab cannot be asked: no token, another host, no answer, or no right to see it."""
+    """None where GitLab cannot be asked: no token, another host, no answer, or no right to see it.
+
+    GitLab may lie below a path of its host, which is no part of the project's.
+    """
     token, api = settings.comment_token, settings.api_url
-    if token is None or api is None or not api.startswith(f"{match[1]}/"):
+    base = f"{(api or '').removesuffix('/api/v4')}/"
+    if token is None or api is None or not url.startswith(base):
         return None
     import requests
 
     kind = "merge_requests" if NOTE.fullmatch(url) else "repository/commits"
-    address = f"{api}/projects/{quote(match[2], safe='')}/{kind}/{match[3]}"
-    if kind == "merge_requests" and match[4] is not None:
-        address += f"/notes/{match[4]}"
-    try:
-        answer = requests.get(address, headers={"PRIVATE-TOKEN": token.get_secret_value()}, timeout=20)
-    except requests.RequestException:
-        return None
-    return False if answer.status_code == 404 else True if answer.ok else None
+    address = f"{api}/projects/{quote(match[1].removeprefix(base), safe='')}/{kind}/{match[2]}"
+    if kind == "merge_requests" and match[3] is not None:
+        address += f"/notes/{match[3]}"
+    headers = {"PRIVATE-TOKEN": token.get_secret_value()}
+    # the runner names a file for public authorities as well, and that one need not have the root
+    own = settings.ci_server_tls_ca_file
+    tries: list[bool | str] = [True, str(own)] if own else [True]
+    for trusted in tries:
+        try:
+            answer = requests.get(address, headers=headers, timeout=20, verify=trusted)
+        except requests.exceptions.SSLError:
+            continue
+        except requests.RequestException:
+            return None
+        return False if answer.status_code == 404 else True if answer.ok else None
+    return None
 
 
 def gate(evidence: Evidence) -> None:
