@@ -13,6 +13,7 @@ from ml.report.result import (
     FlipCount,
     Flips,
     Interval,
+    Judge,
     Note,
     PackageChange,
     ParamChange,
@@ -20,6 +21,7 @@ from ml.report.result import (
     Picture,
     Reproduce,
     StageResult,
+    Touched,
     Value,
 )
 from ml.report.statistics import Difference, PairedTests
@@ -90,6 +92,9 @@ def comparison(
         relabelled=1,
         per_class=[ClassBalance(name=text, before=3, after=5)] * count,
     )
+    # an ordinary merge request leaves its judge alone; one that chooses texts does not
+    file = FileChange(path=text, kind="modified", lines_added=3, lines_removed=1)
+    touched = [] if text == "text" else [Touched(part="What judges", files=[file] * count)]
     values: dict[str, Any] = {
         "verdict": verdict,
         "reason": "A sentence of ours.",
@@ -133,6 +138,7 @@ def comparison(
         ),
         "pictures": [Picture(path="comparison/difference.png", title="The difference")],
         "notes": [Note(text="Something could not be drawn", detail=text)],
+        "judge": Judge(code="baseline", image=text, touched=touched),
     }
     return Comparison(**(values | more))
 

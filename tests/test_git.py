@@ -12,6 +12,7 @@ import pytest
 
 from ml import git
 from ml.errors import UserError
+from ml.release import reproduce
 
 OTHER_USER = 12345
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")
@@ -299,3 +300,28 @@ def test_messages_names_and_refs_that_are_not_utf8_are_read(repository: Path) ->
     assert git.committed_at(made).tzinfo is not None
     with pytest.raises(git.UnknownRevision, match="is no commit"):
         git.resolve(os.fsdecode(b"kl\xe4\xdfe"))
+
+
+def test_clone_to_reproduce_in_has_the_submodules_that_are_fetched_here(
+    submodule: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Their origins need not be reachable, and one within another comes too."""
+    inner = tmp_path / "inner"
+    subprocess.run(["git", "init", "--quiet", str(inner)], check=True)
+    (inner / "deep.py").write_text("deep\n")
+    commit(inner)
+    call(submodule, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(inner), "deeper")
+    commit(submodule)
+    made = commit(repository)
+    for origin in (inner, tmp_path / "other"):
+        shutil.rmtree(origin)
+    project = reproduce.clone(made, tmp_path)
+    assert (project / "sub/code.py").read_text() == "one\n"
+    assert (project / "sub/deeper/deep.py").read_text() == "deep\n"
+
+
+def test_clone_without_a_submodule_that_is_not_fetched_here(
+    submodule: Path, repository: Path, tmp_path: Path
+) -> None:
+    call(repository, "submodule", "--quiet", "deinit", "--all")
+    assert list((reproduce.clone(git.head(), tmp_path) / "sub").iterdir()) == []

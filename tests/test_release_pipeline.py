@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from benchmarks import reliability_dvc as reliability
 from benchmarks.reliability_dvc import History
@@ -17,6 +18,7 @@ from ml.release import clean, pipeline, provenance
 from ml.settings import Settings
 from tests.dvc_project import OUTPUTS, Project, executed
 
+ROOT = Path(__file__).parents[1]
 pytest_plugins = ["tests.history_fixtures"]
 JOB = {
     "CI_MERGE_REQUEST_IID": "7",
@@ -55,6 +57,47 @@ def test_only_what_changed_runs_and_the_next_job_restores_it(history: History, t
     assert second.lock == first.lock
     for name in OUTPUTS:
         assert second.run("diff", "-r", str(first.folder / name), name) == ""
+
+
+STAGE = """
+from ml import own
+import pathlib
+pathlib.Path("artifacts").mkdir(exist_ok=True)
+pathlib.Path("artifacts/own.txt").write_text(own.WORD)
+"""
+
+
+@pytest.mark.slow
+def test_stages_run_the_checkouts_code_and_what_drives_them_does_not(
+    history: History, tmp_path: Path
+) -> None:
+    """As in a job: the image has the package installed, and PYTHONSAFEPATH keeps the checkout's root off the path."""
+    installed = tmp_path / "image"
+    shutil.copytree(ROOT / "src/ml", installed / "ml", ignore=shutil.ignore_patterns("__pycache__"))
+    project = history.project
+    shadow = "raise SystemExit('shadowed')\n"
+    code = {"ml/__init__.py": "", "ml/own.py": "WORD = 'of the checkout'\n", "ml/stages/own.py": STAGE}
+    # what DVC and this package import: neither may come from the checkout
+    code |= {"dvc/__init__.py": shadow, "pydantic/__init__.py": shadow}
+    for name, text in code.items():
+        path = project.folder / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("sitecustomize.py", "ml.py", "dvc.py"):
+        (project.folder / name).write_text(shadow)
+    stages = YAML(typ="safe").load((project.folder / "dvc.yaml").read_text())
+    stages["stages"]["own"] = {
+        "cmd": "python -m ml.stages.own",
+        "deps": ["src/ml/stages/own.py"],
+        "outs": ["artifacts/own.txt"],
+    }
+    with open(project.folder / "dvc.yaml", "w") as file:
+        YAML().dump(stages, file)
+    project.commit("a stage of the package")
+    clone = job(history, tmp_path / "clone", PYTHONPATH=str(installed), PYTHONSAFEPATH="1")
+    output = clone.ml("pipeline")
+    assert "own: ran in" in output and "shadowed" not in output, output
+    assert (clone.folder / "artifacts/own.txt").read_text() == "of the checkout"
 
 
 def test_change_without_effect_on_its_output_trains_nothing_anew(history: History, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from datetime import UTC, datetime
+from pathlib import Path
 
 from ml.errors import UserError
 
@@ -97,7 +98,11 @@ def run_git(*arguments: str) -> bytes | None:
 
 
 def name_of(arguments: tuple[str, ...]) -> str:
-    return next(word for word in arguments if not word.startswith("-"))
+    """The command, after options of git's own."""
+    before = ("", *arguments)
+    return next(
+        word for last, word in zip(before, arguments) if not word.startswith("-") and last not in ("-C", "-c")
+    )
 
 
 def own_words(stderr: bytes) -> str:
@@ -174,6 +179,18 @@ def show(commit: str, path: str) -> bytes | None:
 def prefix() -> str:
     """The working folder as the repository names it: "" for the root, else a path that ends in a slash."""
     return os.fsdecode(run("rev-parse", "--show-prefix").removesuffix(b"\n"))
+
+
+def root() -> Path:
+    """The folder of the repository."""
+    return Path(os.fsdecode(run("rev-parse", "--show-toplevel").removesuffix(b"\n")))
+
+
+def files_of(commit: str) -> dict[str, str]:
+    """Every file of the commit, by its path from the repository's root, with the hash of its content."""
+    listed = run("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0")
+    entries = (line.split(b"\t", 1) for line in listed if line)
+    return {os.fsdecode(path): head.split()[2].decode() for head, path in entries if b" blob " in head}
 
 
 def changed_lines(commit: str, paths: list[str]) -> dict[str, tuple[int, int]]:

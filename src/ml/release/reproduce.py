@@ -28,6 +28,7 @@ from ml import files, git
 from ml.errors import UserError, exit_on_user_error
 from ml.lock import LOCK, Lock, StageLock, parse_lock, read_lock
 from ml.release import remote, tag
+from ml.release.pipeline import DVC
 from ml.settings import Settings, load_settings
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow; a commit has 40 or 64
@@ -120,12 +121,27 @@ def recorded_lock(name: str, commit: str, expected: str | None, given: Path | No
 
 def clone(commit: str, folder: Path) -> Path:
     """The project at `commit`, in a clone in `folder` that borrows this repository's objects."""
-    repository = Path(tag.run("rev-parse", "--show-toplevel"))
-    prefix = tag.run("rev-parse", "--show-prefix")
-    target = folder / "clone"
-    tag.run("clone", "--quiet", "--shared", "--no-checkout", str(repository), str(target))
-    tag.run("-C", str(target), "checkout", "--quiet", "--detach", commit)
-    return target / prefix
+    repository, target = git.root(), folder / "clone"
+    git.run("clone", "--quiet", "--shared", "--no-checkout", str(repository), str(target))
+    git.run("-C", str(target), "checkout", "--quiet", "--detach", commit)
+    clone_submodules(repository, target)
+    return target / git.prefix()
+
+
+def clone_submodules(repository: Path, target: Path) -> None:
+    """Check out the submodules of `target` that are fetched in `repository`, from there."""
+    if not (target / ".gitmodules").is_file():
+        return
+    listed = git.ask(
+        "config", "--file", str(target / ".gitmodules"), "--get-regexp", r"^submodule\..*\.path$"
+    )
+    for line in listed.splitlines():
+        key, _, path = line.partition(" ")
+        if (repository / path / ".git").exists():
+            url = f"{key.removesuffix('.path')}.url={repository / path}"
+            options = ("-C", str(target), "-c", "protocol.file.allow=always", "-c", url)
+            git.run(*options, "submodule", "--quiet", "update", "--init", "--", path)
+            clone_submodules(repository / path, target / path)
 
 
 def environment(project: Path) -> dict[str, str]:
@@ -172,7 +188,8 @@ def pull(project: Path, remotes: list[str], targets: list[str]) -> str | None:
 
 def restore_data(project: Path, remotes: list[str]) -> str:
     """Bring what the .dvc files name; where it came from. Raises UserError when nothing has it."""
-    sources = tag.run("-C", str(project), "ls-files", "*.dvc").splitlines()
+    listed = git.run("-C", str(project), "ls-files", "-z", "*.dvc").split(b"\0")
+    sources = [os.fsdecode(name) for name in listed if name]
     if not sources:
         return "git: there are no .dvc files"
     found = pull(project, remotes, sources)
@@ -203,7 +220,7 @@ def made_with(project: Path) -> dict[str, Any] | None:
 
 def retrain(project: Path) -> None:
     """Every stage, none of it from a cache; their output is shown. Raises UserError when one fails."""
-    command = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"]
+    command = [*DVC, "repro", "--force", "--no-run-cache"]
     done = subprocess.run(command, cwd=project, stdout=2, env=environment(project))
     if done.returncode:
         raise UserError("A stage failed in the clone, so there is nothing to compare. Its message is above.")

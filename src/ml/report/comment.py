@@ -21,11 +21,13 @@ from ml.report.gate import LABEL, decide
 from ml.report.page import page
 from ml.report.result import (
     COMPARISON,
+    IN_FORCE,
     Comparison,
     DataDifference,
     FileChange,
     Flip,
     FlipCount,
+    Judge,
     PartDifference,
     Picture,
     StageResult,
@@ -85,7 +87,7 @@ class Section:
 
 def compose(comparison: Comparison, labels: list[str], plots: list[Picture]) -> str:
     """The whole comment; `plots` are the stages' own pictures."""
-    top = [headline(comparison), *opening(comparison, labels)]
+    top = [*judge_block(comparison), headline(comparison), *opening(comparison, labels)]
     makers: list[Callable[[], Section | None]] = [
         lambda: changes_section(comparison),
         lambda: examples_section(comparison),
@@ -114,6 +116,38 @@ def fit(top: list[str], sections: list[str], limit: int = LIMIT) -> str:
 
 
 # ---- The part that everybody reads -----------------------------------------------------------------------------
+
+
+def judge_block(comparison: Comparison) -> list[str]:
+    """Above the verdict: what the merge request changes of its own judge, and which code judged."""
+    judge, changes = comparison.judge, comparison.changes
+    lines = [
+        f"- The gate's rules{IN_FORCE}: {escape(each.key, VALUE)} {optional(each.before)} → {optional(each.after)}"
+        for each in (changes.params if changes else [])
+        if is_rule(each.key)
+    ]
+    lines += [file_line(part.part, each) for part in (judge.touched if judge else []) for each in part.files]
+    if not lines:
+        return []
+    told = f"{judged(comparison, judge)} " if judge else ""
+    return [
+        f"⚠️ **This merge request changes what judges it.** {told}What is *in force here* had its say in it already, and "
+        "once merged all of it judges everybody: read it.",
+        bullets(lines),
+    ]
+
+
+def judged(comparison: Comparison, judge: Judge) -> str:
+    made = comparison.reproduce
+    baseline = f" ({made.baseline_commit[:8]})" if made.baseline_commit else ""
+    image = f" in the image {escape(judge.image)}" if judge.image else ""
+    return {
+        "baseline": f"The verdict below is by the target branch's own code{baseline}{image}, not by this change.",
+        "candidate": f"**The verdict below is by the changed code itself**{image}: it is worth what the change is worth.",
+        "both": f"The verdict below is by code that both sides have{image}.",
+        "other": f"The verdict below is by code of another version than both sides'{image}.",
+        "unknown": f"The verdict below is by the installed package{image}.",
+    }[judge.code]
 
 
 def headline(comparison: Comparison) -> str:
@@ -170,17 +204,10 @@ def opening(comparison: Comparison, labels: list[str]) -> list[str]:
 def warnings(comparison: Comparison) -> list[str]:
     """What a reviewer has to know before believing the verdict, whatever it is."""
     found = []
-    rules = (
-        [each.key for each in comparison.changes.params if is_rule(each.key)] if comparison.changes else []
-    )
-    if rules:
-        found.append(
-            f"⚠️ This merge request changes the gate's own rules: {', '.join(escape(key, VALUE) for key in rules[:ROWS])}."
-        )
     data = comparison.data
     if data and data.in_both_parts is not None and data.in_both_parts > (data.in_both_parts_before or 0):
         found.append(
-            f"⚠️ With this merge request, {data.in_both_parts:,} images are in both the training and the test part, before "
+            f"⚠️ With this merge request, {plural(data.in_both_parts, 'image')} {'is' if data.in_both_parts == 1 else 'are'} in both the training and the test part, before "
             f"{data.in_both_parts_before or 0:,}. The test examples among them measure memory."
         )
     return found
@@ -262,11 +289,10 @@ def changes_section(comparison: Comparison) -> Section | None:
     if changes is None:
         return None
     if not changes.any:
-        return Section(
-            "What changed",
-            ["Nothing that the results depend on: same code, params, data and packages."],
-            False,
-        )
+        same = "Nothing that the results depend on: same code, params, data and packages."
+        if comparison.judge and comparison.judge.touched:
+            same = "The code, params, data and packages of the stages are the same; what judges them is not (see above)."
+        return Section("What changed", [same], False)
     blocks = []
     if changes.params:
         rows = [

@@ -25,7 +25,7 @@ from ml.errors import UserError, exit_on_user_error
 from ml.files import Predictions
 from ml.params import ReportParams, load_judge_params
 from ml import git
-from ml.report import pictures, result, statistics
+from ml.report import pictures, result, statistics, trust
 from ml.report.baseline import (
     NoBaseline,
     Results,
@@ -315,8 +315,14 @@ def write_picture(name: str, title: str, figure: Figure) -> Picture:
     return Picture(path=path.relative_to(files.REPORTS).as_posix(), title=title)
 
 
-def run(revision: str, baseline_costs: Path | None, margin: float | None = None) -> Comparison:
-    """Compare the working folder with the commit `revision`, and draw the pictures; `margin` replaces report.margin.
+def run(
+    revision: str, baseline_costs: Path | None, margin: float | None = None, image: str | None = None
+) -> Comparison:
+    """Compare the working folder with the commit `revision`, and draw the pictures.
+
+    Args:
+        margin: in place of report.margin.
+        image: that this job runs in.
 
     Raises UserError when the working folder has no valid results, or `revision` is no commit.
     """
@@ -373,6 +379,7 @@ def run(revision: str, baseline_costs: Path | None, margin: float | None = None)
         reproduce=reproduce(candidate.side, baseline),
         pictures=[],
         notes=notes,
+        judge=trust.look(git.resolve(revision), image) if revision.strip("0") else None,
     )
     drawn, undrawn = draw(comparison, candidate, params.sheet_examples)
     return comparison.model_copy(update={"pictures": drawn, "notes": notes + undrawn})
@@ -397,7 +404,7 @@ def main() -> None:
     arguments, settings = parser.parse_args(), load_settings()
     given: str | None = arguments.baseline
     baseline = settings.require_baseline("--baseline") if given is None else given
-    comparison = run(baseline, arguments.baseline_cost, settings.report_margin)
+    comparison = run(baseline, arguments.baseline_cost, settings.report_margin, settings.ci_job_image)
     result.save(arguments.out, comparison)
     print(f"{comparison.verdict}: {comparison.reason} → {arguments.out}", file=sys.stderr)
 

@@ -118,11 +118,11 @@ def _history_row(run: Run, project_url: str) -> str:
 
 
 def verdict_of(report: str) -> str:
-    """The plain text of the first line of the report's first heading or paragraph, cut to VERDICT_LIMIT."""
-    for token in MarkdownIt("commonmark").parse(report):
-        if token.type == "inline":
-            return _plain(token)[:VERDICT_LIMIT]
-    return ""
+    """The plain text of the first line of the report's first heading, else paragraph, cut to VERDICT_LIMIT."""
+    tokens = MarkdownIt("commonmark").parse(report)
+    headings = [text for opened, text in zip(tokens, tokens[1:]) if opened.type == "heading_open"]
+    first = next((token for token in [*headings, *tokens] if token.type == "inline"), None)
+    return _plain(first)[:VERDICT_LIMIT] if first else ""
 
 
 def _plain(inline: Token) -> str:

@@ -14,7 +14,13 @@ COMPARISON = files.REPORTS / "comparison.json"
 Verdict = Literal["better", "worse", "no detectable difference", "not comparable", "no baseline"]
 # first_run: there is nothing to compare with yet. not_stored: dvc.lock names results that neither the cache nor the
 # remote, which answered, has. unreachable, corrupt: there are results, but they cannot be had or trusted.
+Code = Literal[
+    "baseline", "candidate", "both", "other", "unknown"
+]  # unknown: neither side has the package's source
 Problem = Literal["first_run", "not_stored", "unreachable", "corrupt"]
+
+# Of a change to what judges: the checkout's own counts in its pipeline already, as the package and its image do not.
+IN_FORCE = " (in force here)"
 
 LOWER_IS_BETTER = frozenset({"loss", "calibration_error"})
 IN_PERCENT = frozenset({"accuracy", "macro_f1", "calibration_error"})
@@ -118,6 +124,21 @@ class StageResult(Record):
     baseline_peak_memory_mib: float | None
 
 
+class Touched(Record):
+    """Files of one kind that judge, or that what judges is made from, and that differ."""
+
+    part: str  # this program's own words
+    files: list[FileChange]
+
+
+class Judge(Record):
+    """Which code judged: that of the baseline, the candidate, both, another version; and what of it changes."""
+
+    code: Code
+    image: str | None  # that the job runs in which judged
+    touched: list[Touched]
+
+
 class Changes(Record):
     """What the difference can be due to: the inputs of the stages that are nobody's output."""
 
@@ -208,6 +229,7 @@ class Comparison(Record):
     reproduce: Reproduce
     pictures: list[Picture]
     notes: list[Note]
+    judge: Judge | None = None  # None: there is no commit to compare with
 
     @property
     def primary(self) -> Difference | None:
