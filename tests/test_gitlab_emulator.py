@@ -378,11 +378,11 @@ def test_tag_can_be_made_once(project: Project) -> None:
 
 
 def test_files_are_written_and_read(project: Project) -> None:
-    file = {"file_path": "deploy/live.json", "branch": "main", "content": "{}", "commit_message": "Deploy"}
+    file = {"file_path": "deploy/live.json", "branch": "live", "content": "{}", "commit_message": "Deploy"}
     project.files.create(file)
 
-    assert project.files.get("deploy/live.json", "main").decode() == b"{}"
-    assert project.files.raw("deploy/live.json", "main") == b"{}"
+    assert project.files.get("deploy/live.json", "live").decode() == b"{}"
+    assert project.files.raw("deploy/live.json", "live") == b"{}"
     with pytest.raises(GitlabCreateError, match="already exists"):
         project.files.create(file)
 

@@ -180,3 +180,32 @@ def test_repository_token_may_not_use_the_api(gitlab: GitLabEmulator) -> None:
         f"{gitlab.url}/api/v4/projects/64/releases", headers={"PRIVATE-TOKEN": token}, timeout=10
     )
     assert (answer.status_code, answer.json()["error"]) == (403, "insufficient_scope")
+
+
+def test_file_is_committed_to_its_branch_and_read_at_any_commit(gitlab: GitLabEmulator, work: Path) -> None:
+    path, fields = "/repository/files/deploy%2Flive.json", {"branch": "main", "commit_message": "Deploy"}
+    before = git(work, "rev-parse", "main")
+    assert api(gitlab, "POST", path, 30, json=fields | {"content": "{}"}).status_code == 403
+    assert api(gitlab, "POST", path, json=fields | {"content": "{}"}).status_code == 201
+    assert api(gitlab, "POST", path, json=fields | {"content": "{}"}).status_code == 400
+    assert api(gitlab, "PUT", path, json=fields | {"content": "[]"}).status_code == 200
+    git(work, "fetch", "--quiet", "origin", "main")
+    assert git(work, "log", "--format=%s", "FETCH_HEAD") == "Deploy\nDeploy\nBegin"
+    assert git(work, "show", "FETCH_HEAD:deploy/live.json") == "[]"
+    assert api(gitlab, "GET", f"{path}/raw", params={"ref": "HEAD"}).content == b"[]"
+    assert api(gitlab, "GET", f"{path}/raw", params={"ref": before}).status_code == 404
+    tree = api(gitlab, "GET", "/repository/tree", params={"recursive": "true"}).json()
+    assert [(entry["type"], entry["path"]) for entry in tree] == [
+        ("tree", "deploy"),
+        ("blob", "deploy/live.json"),
+    ]
+
+
+def test_branch_is_made_shown_and_deleted_unless_it_is_protected(gitlab: GitLabEmulator, work: Path) -> None:
+    assert api(gitlab, "POST", "/repository/branches", 30, json={"branch": "a/b", "ref": "main"}).ok
+    shown = api(gitlab, "GET", "/repository/branches/a%2Fb", 30).json()
+    assert (shown["protected"], shown["can_push"], shown["commit"]["title"]) == (False, True, "Begin")
+    assert not api(gitlab, "GET", "/repository/branches/main", 30).json()["can_push"]
+    assert api(gitlab, "DELETE", "/repository/branches/a%2Fb", 30).status_code == 204
+    assert api(gitlab, "DELETE", "/repository/branches/main").status_code == 403
+    assert git(work, "ls-remote", "origin", "refs/heads/a/b") == ""

@@ -198,7 +198,7 @@ def test_expired_artifacts_are_gone(gitlab: GitLabEmulator) -> None:
         assert ask(gitlab, "GET", f"/projects/64{path}").status_code == 404
 
 
-@pytest.mark.parametrize(("version", "found"), [("18.6", 404), ("19.2", b"old")])
+@pytest.mark.parametrize(("version", "found"), [("18.6", 404), ("18.9", 404), ("18.10", b"old")])
 def test_older_pipelines_artifacts_are_found_only_where_asked_and_known(
     tmp_path: Path, version: str, found: bytes | int
 ) -> None:
@@ -208,6 +208,24 @@ def test_older_pipelines_artifacts_are_found_only_where_asked_and_known(
         ref = "refs/merge-requests/3/head"
         assert artifact(gitlab, ref) == 404
         assert artifact(gitlab, ref, search_recent_successful_pipelines="true") == found
+
+
+def test_dump_has_pipelines_runners_and_variables_and_no_secret(
+    gitlab: GitLabEmulator, tmp_path: Path
+) -> None:
+    made = gitlab.add_pipeline(3, {"train": {"a.txt": b"a"}})
+    gitlab.project.jobs[made["id"]][0].artifacts_expire_at = datetime(2026, 1, 1, tzinfo=UTC)
+    fields = {"token": gitlab.project.registration_token, "tag_list": "ml"}
+    answer = requests.post(f"{gitlab.url}/api/v4/runners", data=fields, timeout=10).json()
+    ask(gitlab, "POST", "/projects/64/variables", json={"key": "TOKEN", "value": "glpat-1234567890"})
+    ask(gitlab, "POST", "/projects/64/pipeline", json={"ref": "main"})
+
+    gitlab.dump(tmp_path / "state.json")
+
+    text = (tmp_path / "state.json").read_text()
+    assert '"TOKEN"' in text and "2026-01-01T00:00:00" in text
+    secrets = [answer["token"], gitlab.project.registration_token, "glpat-1234567890", *gitlab.state.tokens]
+    assert [secret for secret in secrets if secret in text] == []
 
 
 # ---- Packages and images --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+from tests.gitlab_emulator.rights import TIERS
 from tests.gitlab_emulator.server import GitLabEmulator
 
 
@@ -15,13 +16,16 @@ def main() -> None:
     parser.add_argument("--merge-request", type=int, default=3, help="iid of the open merge request (3)")
     parser.add_argument("--source-branch", default="experiment", help="its source branch (experiment)")
     parser.add_argument("--sha", help="its newest commit (a random one)")
+    parser.add_argument("--tier", choices=TIERS, default="free", help="of the server's licence (free)")
+    parser.add_argument("--gitlab", default="18.6", metavar="VERSION", help="which GitLab it is to be (18.6)")
     parser.add_argument(
         "--dump", type=Path, help="file to write all that was received to, as JSON, at the end"
     )
     arguments = parser.parse_args()
     # Tokens given by environment and not by flag: other users of the machine can read a command line.
     values = {"token": os.environ.get("REPO_TOKEN", ""), "job_token": os.environ.get("CI_JOB_TOKEN", "")}
-    gitlab = GitLabEmulator(arguments.port, path=arguments.project, **values)
+    kind = {"tier": arguments.tier, "version": arguments.gitlab}
+    gitlab = GitLabEmulator(arguments.port, path=arguments.project, **kind, **values)
     fields = {"source_branch": arguments.source_branch} | ({"sha": arguments.sha} if arguments.sha else {})
     gitlab.add_merge_request(arguments.merge_request, **fields)
     ends = {signal.SIGINT, signal.SIGTERM}

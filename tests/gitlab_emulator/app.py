@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from tests.gitlab_emulator import (
     access,
     git,
+    issues,
     jobs,
     merge_requests,
     mlflow,
@@ -19,6 +20,7 @@ from tests.gitlab_emulator import (
     projects,
     releases,
     repository,
+    runners,
 )
 from tests.gitlab_emulator.auth import UNAUTHORIZED, authenticate, authorize, find_project
 from tests.gitlab_emulator.faults import DROP, Fault, Faults
@@ -27,7 +29,18 @@ from tests.gitlab_emulator.routing import ApiError, Call, answer, not_found, rea
 from tests.gitlab_emulator.starts import after_push
 from tests.gitlab_emulator.state import Project, State
 
-ROUTE_MODULES = (access, jobs, merge_requests, mlflow, pipelines, projects, releases, repository)
+ROUTE_MODULES = (
+    access,
+    issues,
+    jobs,
+    merge_requests,
+    mlflow,
+    pipelines,
+    projects,
+    releases,
+    repository,
+    runners,
+)
 
 API = "/api/v4"
 UPLOAD_OF_ID = re.compile(r"/-/project/(?P<project>\d+)/uploads/(?P<secret>[0-9a-f]{32})/(?P<file>[^/]+)")

@@ -8,6 +8,7 @@ import base64
 import gzip
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 from starlette.requests import Request
@@ -61,7 +62,9 @@ done
 """
 
 
-def git(repository: Path, *arguments: str, text: str | None = None, check: bool = True) -> str:
+def git(
+    repository: Path, *arguments: str, check: bool = True, variables: dict[str, str] | None = None
+) -> str:
     """Standard output of a git command on the repository; "" where it fails and `check` is off."""
     identity = {
         f"GIT_{who}_{what}": value
@@ -70,10 +73,9 @@ def git(repository: Path, *arguments: str, text: str | None = None, check: bool 
     }
     done = subprocess.run(
         ["git", "-C", str(repository), *arguments],
-        input=text,
         capture_output=True,
         text=True,
-        env=os.environ | identity,
+        env=os.environ | identity | (variables or {}),
     )
     if done.returncode and check:
         raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr}")
@@ -116,6 +118,29 @@ def sync(project: Project) -> list[Push]:
         ref, before, after, username, kind, *options = line.split("\t")
         project.pushes.append(Push(ref, before, after, username, tuple(options), kind == "job"))
     return project.pushes[known:]
+
+
+def file_at(repository: Path, ref: str, path: str) -> bytes | None:
+    """The content of a file at a commit, branch or tag; None where there is none."""
+    done = subprocess.run(["git", "-C", str(repository), "show", f"{ref}:{path}"], capture_output=True)
+    return None if done.returncode else done.stdout
+
+
+def commit_file(repository: Path, branch: str, path: str, content: bytes, message: str) -> tuple[str, str]:
+    """Commit one file onto the branch, made where there is none: its commits before and after."""
+    before = git(repository, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", check=False)
+    hashed = ["git", "-C", str(repository), "hash-object", "-w", "--stdin"]
+    blob = subprocess.run(hashed, input=content, capture_output=True, check=True).stdout.decode().strip()
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": f"{folder}/index"}
+        if before:
+            git(repository, "read-tree", before, variables=index)
+        entry = f"100644,{blob},{path}"
+        git(repository, "update-index", "--add", "--cacheinfo", entry, variables=index)
+        tree = git(repository, "write-tree", variables=index)
+    after = git(repository, "commit-tree", tree, *(["-p", before] if before else []), "-m", message)
+    git(repository, "update-ref", f"refs/heads/{branch}", after)
+    return before or ZEROS, after
 
 
 class Conflict(Exception):
@@ -162,7 +187,7 @@ def basic_token(request: Request, state: State) -> Token | None:
     token = state.tokens.get(password)
     if token is None or token.expired or token.revoked:
         return None
-    if token.is_job != (username == "gitlab-ci-token"):
+    if token.is_job and username != "gitlab-ci-token":
         return None
     return token
 

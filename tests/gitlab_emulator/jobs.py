@@ -40,8 +40,8 @@ def _latest(call: Call) -> Job:
     """The job of that name in the newest successful pipeline of the ref; an older pipeline's is not looked for.
 
     Project#latest_successful_build_for_ref!: success is the whole pipeline's, `refs/merge-requests/N/head`, `merge` and
-    `train` are refs of their own, and a merged merge request's pipelines stay on them. GitLab 18.8 and newer look on
-    with `search_recent_successful_pipelines`.
+    `train` are refs of their own, and a merged merge request's pipelines stay on them. GitLab 18.10 and newer look
+    on with `search_recent_successful_pipelines` (18.7 behind a flag that is off).
     """
     [name] = call.require("job")
     searching = str(call.query.get("search_recent_successful_pipelines", "")).lower() == "true"
@@ -50,7 +50,7 @@ def _latest(call: Call) -> Job:
             for job in call.project.jobs.get(pipeline["id"], []):
                 if job.name == name and job.kept:
                     return job
-            if not searching or number(call.state.version) < (18, 8):
+            if not searching or number(call.state.version) < (18, 10):
                 break
     raise not_found()
 
@@ -73,12 +73,14 @@ def get_job(call: Call) -> Any:
 @route("GET", "/projects/:id/jobs/:job_id/trace")
 def get_trace(call: Call) -> Any:
     job, _ = _find_job(call)
-    return Response(as_sent(job.trace, call.state.runner, job.status), media_type="text/plain")
+    # what a runner sent to the emulator is as it sent it
+    log = job.trace if job.plan else as_sent(job.trace, call.state.runner, job.status)
+    return Response(log, media_type="text/plain")
 
 
 @route("GET", "/projects/:id/jobs/:job_id/artifacts")
 def get_archive(call: Call) -> Any:
-    return _archive(_find_job(call)[0])
+    return archived(_find_job(call)[0])
 
 
 @route("GET", "/projects/:id/jobs/:job_id/artifacts/*path")
@@ -88,7 +90,7 @@ def get_artifact(call: Call) -> Any:
 
 @route("GET", "/projects/:id/jobs/artifacts/*ref/download")
 def get_latest_archive(call: Call) -> Any:
-    return _archive(_latest(call))
+    return archived(_latest(call))
 
 
 @route("GET", "/projects/:id/jobs/artifacts/*ref/raw/*path")
@@ -96,7 +98,8 @@ def get_latest_artifact(call: Call) -> Any:
     return _file(_latest(call), call["path"])
 
 
-def _archive(job: Job) -> Response:
+def archived(job: Job) -> Response:
+    """All of its artifacts. Raises ApiError 404 where none is left."""
     if not job.kept:
         raise not_found()
     packed = io.BytesIO()

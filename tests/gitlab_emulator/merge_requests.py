@@ -5,6 +5,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from tests.gitlab_emulator.git import Conflict, git, merge, sync
+from tests.gitlab_emulator.issues import closed_by
 from tests.gitlab_emulator.jobs import pipeline_json
 from tests.gitlab_emulator.paging import paged
 from tests.gitlab_emulator.protection import may_merge
@@ -27,8 +28,14 @@ def _json(call: Call, merge_request: MergeRequest) -> dict[str, Any]:
 def list_merge_requests(call: Call) -> Any:
     """By created_at, or updated_at with order_by; newest first unless sort=asc."""
     key = "updated_at" if call.query.get("order_by") == "updated_at" else "created_at"
+    assert call.token is not None
+    mine = call.query.get("scope") in ("created_by_me", "created-by-me")
     found = sorted(
-        call.project.merge_requests.values(),
+        (
+            known
+            for known in call.project.merge_requests.values()
+            if not mine or known.author == call.token.user
+        ),
         key=lambda merge_request: (getattr(merge_request, key), merge_request.id),
         reverse=call.query.get("sort", "desc") != "asc",
     )
@@ -117,6 +124,9 @@ def merge_merge_request(call: Call) -> Any:
     merge_request.state = "merged"
     merge_request.merged_at = merge_request.updated_at = now()
     merge_request.merge_commit_sha, merge_request.squash_commit_sha = merged or None, squashed or None
+    if merge_request.target_branch == project.default_branch:
+        for issue in closed_by(call, merge_request):
+            issue.state = "closed"
     ref = f"refs/heads/{merge_request.target_branch}"
     after = git(project.repository, "rev-parse", ref)
     after_push(call.state, project, Push(ref, before, after, call.token.user.username, ()))

@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from tests.gitlab_emulator.jobs import find_pipeline, pipeline_json
 from tests.gitlab_emulator.paging import paged
@@ -135,7 +135,10 @@ def put_package(call: Call) -> Any:
         raise ApiError(400, "400 Bad request - Duplicate package is not allowed")
     package.files.append(PackageFile(call.state.new_id(), call["file"], call.body))
     project.packages[key] = package
-    return Response('{"message":"201 Created"}', 201, media_type="application/json")
+    if call.query.get("select") == "package_file":
+        url = f"{call.project_url}/-/package_files/{package.files[-1].id}/download"
+        return JSONResponse(_package_file_json(package.id, package.files[-1]) | {"file": {"url": url}}, 201)
+    return JSONResponse({"message": "201 Created"}, 201)
 
 
 @route("GET", PACKAGE)

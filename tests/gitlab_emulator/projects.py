@@ -26,6 +26,15 @@ def user(call: Call) -> Any:
     return user_json(call.token.user, call.base_url) | {"bot": "_bot_" in call.token.user.username}
 
 
+@route("GET", "/users")
+def list_users(call: Call) -> Any:
+    """Those of that `username`, of whom a token is known."""
+    users = {token.user.id: token.user for token in call.state.tokens.values()}
+    wanted = call.query.get("username")
+    found = [user for user in users.values() if wanted in (None, user.username)]
+    return paged(call, found, "/users", lambda user: user_json(user, call.base_url))
+
+
 @route("GET", "/projects/:id")
 def get_project(call: Call) -> Any:
     assert call.token is not None

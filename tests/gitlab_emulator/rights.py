@@ -70,7 +70,7 @@ def _rows() -> dict[tuple[str, str], Right]:
     guest_by_job = Right(GUEST, OLDEST)
     newer = Right(REPORTER, READS_OF_JOB_TOKEN)
     merge_request = Right(REPORTER, READS_OF_JOB_TOKEN, hidden=True)
-    project = "/projects/:id"
+    project, runner = "/projects/:id", Right(public=True)
     mine, notes = f"{project}/merge_requests/:iid", f"{project}/merge_requests/:iid/notes"
     commit, tags = f"{project}/repository/commits/:sha", f"{project}/repository/tags"
     releases, package = f"{project}/releases", f"{project}/packages/generic/:name/:version/:file"
@@ -79,6 +79,7 @@ def _rows() -> dict[tuple[str, str], Right]:
         ("GET", "/version"): reads_user,
         ("GET", "/metadata"): reads_user,
         ("GET", "/user"): reads_user,
+        ("GET", "/users"): reads_user,
         ("GET", "/job"): guest_by_job,
         ("GET", "/personal_access_tokens/self"): everybody,
         # ---- the project
@@ -89,6 +90,11 @@ def _rows() -> dict[tuple[str, str], Right]:
         ("GET", f"{project}/members/all/:user_id"): Right(),
         ("GET", f"{project}/labels"): Right(),
         ("POST", f"{project}/labels"): Right(REPORTER),
+        ("GET", f"{project}/issues"): Right(),
+        ("POST", f"{project}/issues"): Right(),
+        ("GET", f"{project}/issues/:issue_iid"): Right(),
+        ("PUT", f"{project}/issues/:issue_iid"): Right(),
+        ("POST", f"{project}/issues/:issue_iid/notes"): Right(),
         ("POST", f"{project}/uploads"): Right(),
         ("GET", f"{project}/variables"): Right(MAINTAINER),
         ("POST", f"{project}/variables"): Right(MAINTAINER),
@@ -111,6 +117,7 @@ def _rows() -> dict[tuple[str, str], Right]:
         ("GET", mine): merge_request,
         ("PUT", mine): Right(REPORTER, hidden=True),
         ("PUT", f"{mine}/merge"): Right(REPORTER, hidden=True),
+        ("GET", f"{mine}/closes_issues"): Right(REPORTER, hidden=True),
         ("GET", f"{mine}/commits"): Right(REPORTER, hidden=True),
         ("GET", f"{mine}/pipelines"): Right(REPORTER, hidden=True),
         ("POST", f"{mine}/pipelines"): Right(DEVELOPER),
@@ -126,6 +133,11 @@ def _rows() -> dict[tuple[str, str], Right]:
         ("POST", f"{commit}/comments"): Right(REPORTER),
         ("GET", f"{commit}/statuses"): Right(REPORTER),
         ("POST", f"{project}/statuses/:sha"): Right(DEVELOPER),
+        ("GET", f"{project}/repository/branches"): Right(REPORTER),
+        ("POST", f"{project}/repository/branches"): Right(DEVELOPER),
+        ("GET", f"{project}/repository/branches/*branch"): Right(REPORTER),
+        ("DELETE", f"{project}/repository/branches/*branch"): Right(DEVELOPER),
+        ("GET", f"{project}/repository/tree"): reads_code,
         ("GET", f"{project}/repository/files/:path/raw"): reads_code,
         ("GET", f"{project}/repository/files/:path"): reads_code,
         ("POST", f"{project}/repository/files/:path"): Right(DEVELOPER),
@@ -166,6 +178,15 @@ def _rows() -> dict[tuple[str, str], Right]:
         ("GET", package): by_job,
         ("GET", f"{project}/packages"): by_job,
         ("GET", f"{project}/packages/:package_id/package_files"): by_job,
+        # ---- the runner's own API: the tokens of runners and jobs are in the body or in a header of their own
+        ("POST", "/runners"): runner,
+        ("DELETE", "/runners"): runner,
+        ("POST", "/runners/verify"): runner,
+        ("POST", "/jobs/request"): runner,
+        ("PUT", "/jobs/:job_id"): runner,
+        ("PATCH", "/jobs/:job_id/trace"): runner,
+        ("POST", "/jobs/:job_id/artifacts"): runner,
+        ("GET", "/jobs/:job_id/artifacts"): runner,
         ("PUT", f"{project}/packages/ml_models/:version_id/files/*path"): develops_by_job,
         ("GET", f"{project}/packages/ml_models/:version_id/files/*path"): by_job,
     }

@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,6 +23,7 @@ from tests.gitlab_emulator.protection import refused_image
 from tests.gitlab_emulator.rights import DEVELOPER, Tier
 from tests.gitlab_emulator.state import MergeRequest, Note, QuickAction, State, User
 
+SECRETS = ("trigger_token", "registration_token", "token", "value")  # fields that no dump has
 REVIEWER = User(2, "bob", "Bob")
 
 
@@ -240,9 +242,11 @@ def _plain(node: Any) -> Any:
         return {
             " ".join(map(str, key)) if isinstance(key, tuple) else str(key): _plain(value)
             for key, value in node.items()
-            if key != "trigger_token"
+            if key not in SECRETS
         }
-    if isinstance(node, list):
+    if isinstance(node, date):
+        return node.isoformat()
+    if isinstance(node, list | tuple | frozenset):
         return [_plain(item) for item in node]
     if isinstance(node, Path):
         return str(node)

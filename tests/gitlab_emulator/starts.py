@@ -10,6 +10,7 @@ from tests.gitlab_emulator.git import ZEROS, git
 from tests.gitlab_emulator.protection import may_create_tag, may_merge, may_push
 from tests.gitlab_emulator.rights import ROLES, number
 from tests.gitlab_emulator.routing import ApiError
+from tests.gitlab_emulator.runners import plan
 from tests.gitlab_emulator.state import Json, MergeRequest, Project, Push, State, User
 
 SKIP = re.compile(r"\[(ci[ _-]skip|skip[ _-]ci)\]", re.IGNORECASE)
@@ -62,6 +63,8 @@ def start(
     skipped = skip is not None and (skip or SKIP.search(message) is not None)
     status = "skipped" if skipped else "created"
     pipeline = state.add_pipeline(project, ref, found, status, source, {}, variables=variables, user=user)
+    if project.runners and not skipped:
+        plan(state, project, pipeline)
     if state.on_pipeline is not None:
         state.on_pipeline(project, pipeline)
     return pipeline

@@ -68,6 +68,20 @@ class Note:
 
 
 @dataclass
+class Issue:
+    id: int
+    iid: int
+    title: str
+    author: User
+    description: str = ""
+    state: str = "opened"
+    labels: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
+
+
+@dataclass
 class MergeRequest:
     id: int
     iid: int
@@ -101,6 +115,9 @@ class Job:
     trace: str = ""  # what its commands wrote; traces.as_sent makes the log of it
     failure_reason: str = "script_failure"  # of a failed one
     artifacts_expire_at: datetime | None = None  # with time zone; None: kept
+    # of one that a runner is to run: its part of the configuration, and its CI_JOB_TOKEN while it runs
+    plan: Json = field(default_factory=dict)
+    token: str = ""
 
     @property
     def kept(self) -> dict[str, bytes]:
@@ -185,7 +202,10 @@ class Project:
     members: dict[int, int] = field(default_factory=dict)  # by user: the role
     job_token_may_push: bool = False  # the project setting "Allow Git push requests to the repository"
     pushes: list[Push] = field(default_factory=list)
+    runners: list[Any] = field(default_factory=list)  # runners.Runner
+    registration_token: str = field(default_factory=lambda: f"GR1348941{secrets.token_urlsafe(15)}")
     trigger_token: str = field(default_factory=lambda: f"glptt-{secrets.token_hex(20)}")
+    issues: dict[int, Issue] = field(default_factory=dict)
     merge_requests: dict[int, MergeRequest] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)  # by secret
     labels: dict[str, Json] = field(default_factory=dict)
