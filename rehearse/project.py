@@ -56,6 +56,7 @@ class Project:
         # Developers merge, as docs/gitlab.md allows; main, images and tags are a Maintainer's.
         project.protected_branches["main"] = BranchRule(push=MAINTAINER, merge=DEVELOPER)
         project.protected_tags |= {name: TagRule(create=MAINTAINER) for name in ("v*", "model-v*")}
+        project.pipeline_variables_role = "maintainer"
         self.maintainer = state.add_token(project, "api", MAINTAINER, "maintainer").value
         member = User(state.new_id(), "dev", "Dev Eloper")
         self.member = state.add_token(project, "api", DEVELOPER, "developer", user=member).value

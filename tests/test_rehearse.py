@@ -78,7 +78,9 @@ def test_rehearsal_goes_from_the_first_push_to_a_release_and_stops_a_worse_model
         # The pipeline of merged results compares with main as it is now, not as the branch knew it.
         comparison = json.loads(artifacts(gitlab, "report")[-1]["reports/comparison.json"])
         main = project.git("rev-parse", "origin/main")
-        assert comparison["baseline"]["commit"] == main != project.git("merge-base", "shorter", main)
+        assert (
+            comparison["reproduce"]["baseline_commit"] == main != project.git("merge-base", "shorter", main)
+        )
 
         # The tag's pipeline offers to reproduce the model; pushing dvc.lock has started none.
         offered = project.run_tag(tag)

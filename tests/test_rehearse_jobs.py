@@ -66,14 +66,14 @@ def make(executor: Callable[[Path], Executor], folder: Path) -> Iterator[Reposit
     with GitLabEmulator() as emulator:
         bare = folder / "gitlab.git"
         emulator.add_repository(bare)
-        tree = git(
-            bare,
-            "mktree",
-            text=f"100644 blob {git(bare, 'hash-object', '-w', '--stdin', text='hello')}\tfile\n",
-        )
-        first = git(bare, "commit-tree", tree, "-m", "First")
-        sha = git(bare, "commit-tree", tree, "-p", first, "-m", "Second")
-        git(bare, "update-ref", "refs/heads/main", sha)
+        work = folder / "work"
+        git(folder, "init", "--quiet", "--initial-branch=main", str(work))
+        (work / "file").write_text("hello")
+        git(work, "add", "file")
+        for title in ("First", "Second"):
+            git(work, "commit", "--quiet", "--allow-empty", "--message", title)
+        git(work, "push", "--quiet", str(bare), "main")
+        sha = git(work, "rev-parse", "HEAD")
         yield Repository(emulator, Runner(emulator, runs_in, VARIABLES), sha)
 
 
