@@ -96,7 +96,7 @@ rehearse: setup  ## the real .gitlab-ci.yml on this machine: merge request → c
 
 bench: setup  ## every benchmark beside its peers, written to reports/bench/; hours, on a quiet machine
 	python -m benchmarks
-	set -e; for part in serving reliability_serve stack registry release reliability_dvc \
+	set -e; for part in serving reliability_serve stack registry release gdrive reliability_dvc \
 	    'tracking complete' 'tracking restarts' 'tracking seconds' 'tracking overhead' \
 	    'verdict simulate' 'verdict seeds' 'verdict speed' 'verdict size'; do \
 	        echo "== $$part"; python -m benchmarks.$$part; done

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ml import git
-from ml.release import tag
+from ml.release import access, merge_request, tag
 from ml.release.steps import lock_message
 from ml.release.version import Version
 from ml.settings import Settings
+from tests.gitlab_emulator import GitLabEmulator
 
 LATIN = b"Jos\xe9 M\xfcller"
 SUMS = {"model.onnx": "1" * 64, "dvc.lock": "2" * 64}
@@ -132,3 +133,25 @@ def test_what_git_says_in_bytes_that_are_no_utf8_can_be_printed(work: Path, bran
 def test_sums_are_read_from_their_own_place_alone(work: Path, branch: str) -> None:
     told = f"{'3' * 64}  forged\n\nSHA256SUMS\n{'1' * 64}  a\nno sum\n{'4' * 64}  b\n"
     assert tag.sums_of(told) == {"a": "1" * 64}
+
+
+@pytest.mark.parametrize("branch", ["main"], indirect=True)
+def test_review_of_a_project_in_a_folder_has_the_files_of_that_folder(work: Path, branch: str) -> None:
+    """GitLab names artifacts from the root of the repository on; another project's receipt may lie there."""
+    kept = {
+        "modèles/a b/reports/receipt.json": b"ours",
+        "modèles/a b/dvc.lock": b"our lock",
+        "reports/receipt.json": b"theirs",
+    }
+    with GitLabEmulator() as gitlab:
+        merged = gitlab.add_merge_request(3, sha=git.head(), state="merged", title="Train longer")
+        gitlab.add_pipeline(3, {"pipeline": kept, "report": {"modèles/a b/reports/comment.md": b"better"}})
+        token = gitlab.state.add_token(gitlab.project, ("api",), 40).value
+        given = Settings(
+            ci_api_v4_url=f"{gitlab.url}/api/v4", ci_project_id=gitlab.project.id, release_token=token
+        )
+        project = access.connect(given)
+        assert project is not None
+        review = merge_request.find_review(project, given, merged.sha)
+    assert review is not None
+    assert (review.receipt, review.lock, review.comment) == (b"ours", b"our lock", b"better")

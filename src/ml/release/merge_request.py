@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
+from ml import git
 from ml.release import tag
 from ml.release.access import Project, explained
 from ml.report.note import parse
@@ -116,7 +117,8 @@ def newest(jobs: Iterable[Job], name: str) -> Job | None:
 
 
 def artifact(project: Project, job: Job | None, path: str) -> bytes | None:
-    return project.raw(f"/jobs/{job['id']}/artifacts/{quote(path)}") if job else None
+    """A file that the job kept, `path` as the project names it, which may lie in a folder of its repository."""
+    return project.raw(f"/jobs/{job['id']}/artifacts/{quote(git.prefix() + path)}") if job else None
 
 
 def why_absent(
