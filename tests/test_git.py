@@ -325,3 +325,45 @@ def test_clone_without_a_submodule_that_is_not_fetched_here(
 ) -> None:
     call(repository, "submodule", "--quiet", "deinit", "--all")
     assert list((reproduce.clone(git.head(), tmp_path) / "sub").iterdir()) == []
+
+
+# ---- Line ends
+
+ROOT = Path(__file__).parents[1]
+WINDOWS = ("-c", "core.autocrlf=true", "-c", "core.eol=crlf")
+
+
+def test_author_on_windows_checks_out_the_bytes_that_dvc_lock_knows(repository: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".gitattributes", repository)
+    contents = {
+        "src/train.py": b"one\ntwo\n",
+        "a.npz": b"\0\r\n\n\r",
+        "b.png": b"\r\n\n text",
+        "raw-ubyte": b"a\r\nb\n",
+    }
+    for name, content in contents.items():
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_bytes(content)
+    commit(repository)
+    call(tmp_path, *WINDOWS, "clone", "--quiet", str(repository), "windows")
+    found = {name: (tmp_path / "windows" / name).read_bytes() for name in contents}
+    assert found == contents
+    (tmp_path / "windows/src/more.py").write_bytes(b"written\r\nby an editor\r\n")
+    call(tmp_path / "windows", *WINDOWS, "add", "--all")
+    assert call(tmp_path / "windows", "ls-files", "--eol", "src/more.py").startswith("i/lf ")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="these files are no clone")
+def test_no_file_of_this_repository_changes_by_its_line_ends() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--eol"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = [line.split("\t") for line in listed.stdout.splitlines()]
+    assert len(rows) > 100
+    for state, name in rows:
+        index, worktree, attribute = state.split(None, 2)
+        if attribute.startswith("attr/-text"):
+            assert (index, worktree) == ("i/-text", "w/-text"), name
+        else:
+            assert attribute.strip() == "attr/text=auto eol=lf", name
+            assert (index, worktree) in [("i/lf", "w/lf"), ("i/none", "w/none")], name

@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Callable
+from contextlib import chdir
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from ml.release import access, merge_request
+from ml.report.note import Content, Run, render
+from ml.settings import Settings
 from tests.gitlab_emulator.state import Job
 from tests.release_project import ReleaseProject, published
 
@@ -156,6 +160,29 @@ def test_release_without_its_reviews_comment_says_so_and_one_that_has_it_keeps_i
     project.release(merged)
     assert published(project) == before
     assert project.facts()["warnings"] == []
+
+
+def test_note_of_the_reviewed_commit_is_what_the_registry_links_to(project: ReleaseProject) -> None:
+    gitlab, reviewed, later = project.gitlab, receipt_of(project)["commit"], "f" * 40
+    project.merge(4)
+    settings = Settings(
+        ci_api_v4_url=f"{gitlab.url}/api/v4",
+        ci_project_id=64,
+        ci_default_branch="main",
+        release_token=project.release_token,
+    )
+    connected = access.connect(settings)
+    assert connected is not None
+    with chdir(project.clone("main")):
+        review = merge_request.find_review(connected, settings, project.main)
+    assert review is not None and review.sha == reviewed
+    assert merge_request.find_note(connected, review, reviewed) is None
+    notes = {}
+    for commit in (later, reviewed):
+        shown = Run(pipeline=1, job=1, time=datetime.now(UTC), commit=commit, verdict="better")
+        notes[commit] = gitlab.add_note(4, render(Content("# better", (shown,)), gitlab.url)).id
+    url = f"{gitlab.url}/g/proj/-/merge_requests/4#note_{notes[reviewed]}"
+    assert merge_request.find_note(connected, review, reviewed) == url
 
 
 def test_missing_comment_is_warned_of(project: ReleaseProject) -> None:

@@ -149,6 +149,7 @@ def environment(project: Path) -> dict[str, str]:
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": str(project / "src"),
+        "PYTHONSAFEPATH": "",  # a script may import what lies beside it
         "DVC_NO_ANALYTICS": "1",
         "TRACKING": "off",
         "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
