@@ -153,11 +153,15 @@ def summary(train: Examples, test: Examples, both: int) -> dict[str, Any]:
     }
 
 
-def make_experiment(folder: Path) -> Experiment:
-    """Git and DVC set up, code and params in place, no results yet, nothing committed."""
+def make_experiment(folder: Path, repository: Path | None = None) -> Experiment:
+    """Git and DVC set up, code and params in place, no results yet, nothing committed.
+
+    Args:
+        repository: of which `folder` is one; else it is a repository of its own.
+    """
     folder.mkdir(parents=True)
-    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
-    with Repo.init(str(folder)) as repo, repo.config.edit("repo") as config:
+    subprocess.run(["git", "init", "--quiet", str(repository or folder)], check=True)
+    with Repo.init(str(folder), subdir=repository is not None) as repo, repo.config.edit("repo") as config:
         config["core"] |= {"analytics": False, "check_update": False}
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
     params["load"]["dataset"] = "custom"

@@ -635,3 +635,35 @@ def test_image_of_the_job_is_named_only_by_the_receipt_of_this_lock(
     for other in (receipt | {"lock_sha256": "0" * 64}, receipt | {"image": None}, []):
         Path("reports/receipt.json").write_text(json.dumps(other))
         assert compare.job_image() is None
+
+
+def test_project_in_a_folder_of_the_repository_is_compared_by_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's dvc.lock, code, params and pins; and the repository's jobs, which judge it."""
+    project = make_experiment(tmp_path / "repo/models/größe", tmp_path / "repo")
+    monkeypatch.chdir(project.folder)
+    (tmp_path / "repo/dvc.lock").write_text("another project's\n")
+    baseline = two_commits(project, wrong=0.4)
+    project.params["report"]["margin"] = 0.2
+    project.params["train"]["epochs"] = 99
+    project.write("src/train.py", "one\ntwo\nthree\n")
+    project.write("constraints.txt", "numpy==2.1.0\ntorch==2.6.0\n")
+    project.write("../../.gitlab-ci.yml", "jobs\n")
+    project.commit("change")
+    comparison = run(baseline)
+    assert comparison.verdict == "worse" and not comparison.reproduce.dirty
+    changed = comparison.changes
+    assert changed and {each.key for each in changed.params} == {"train.epochs", "report.margin"}
+    assert [(each.path, each.lines_added) for each in changed.code] == [("src/train.py", 1)]
+    assert [each.name for each in changed.packages] == ["numpy"]
+    assert comparison.reproduce.commands[1] == "cd 'models/größe/'"
+    assert comparison.judge
+    assert [[each.path for each in part.files] for part in comparison.judge.touched] == [
+        [".gitlab-ci.yml"],
+        ["models/größe/constraints.txt"],
+    ]
+    (tmp_path / "repo/dvc.lock").write_text("its pipeline has run\n")
+    assert not run(baseline).reproduce.dirty
+    project.write("src/train.py", "uncommitted\n")
+    assert run(baseline).reproduce.dirty

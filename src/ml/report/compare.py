@@ -10,6 +10,7 @@ comparison then says so, and holds the candidate's own results.
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -245,7 +246,8 @@ def job_image() -> str | None:
 
 
 def reproduce(side: Side, baseline: Side | None) -> Reproduce:
-    commit = git.head()
+    commit, folder = git.head(), git.prefix()
+    named = folder.isprintable() and "`" not in folder  # else it would do more than be read
     return Reproduce(
         commit=commit,
         dirty=git.is_dirty(),
@@ -255,6 +257,7 @@ def reproduce(side: Side, baseline: Side | None) -> Reproduce:
         image=job_image(),
         commands=[
             f"git checkout {commit}",
+            *([f"cd {shlex.quote(folder)}"] if folder and named else []),
             "make setup && . .venv/bin/activate",
             "dvc repro --pull --allow-missing  # restores what is stored; --force runs every stage anew",
             *([f"python -m ml.report.compare --baseline {baseline.commit}"] if baseline else []),
