@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from tests.gitlab_emulator import GitLabEmulator
-from tests.gitlab_emulator.protection import ContainerTagRule, TagRule
+from tests.gitlab_emulator.protection import BranchRule, ContainerTagRule, TagRule
 from tests.gitlab_emulator_fixtures import DEVELOPER, MAINTAINER, REPORTER, address, ask, emulator, git
 
 
@@ -177,7 +177,7 @@ def test_artifacts_are_those_of_one_ref_and_the_list_has_all_refs_newest_first(
     gitlab: GitLabEmulator,
 ) -> None:
     for kind in ("head", "merge", "train"):
-        gitlab.add_pipeline(3, {"train": {"a.txt": kind.encode()}}, kind=kind)  # type: ignore[arg-type]
+        gitlab.add_pipeline(3, {"train": {"a.txt": kind.encode()}}, kind=kind)
     gitlab.add_pipeline(3, {"train": {"a.txt": b"failed"}}, status="failed", kind="merge")
     listed = ask(gitlab, "GET", "/projects/64/merge_requests/3/pipelines", "read_api", REPORTER).json()
     refs = [known["ref"].rpartition("/")[2] for known in listed]
@@ -208,6 +208,34 @@ def test_older_pipelines_artifacts_are_found_only_where_asked_and_known(
         ref = "refs/merge-requests/3/head"
         assert artifact(gitlab, ref) == 404
         assert artifact(gitlab, ref, search_recent_successful_pipelines="true") == found
+
+
+def test_runner_gets_protected_variables_on_protected_refs_only(gitlab: GitLabEmulator, work: Path) -> None:
+    gitlab.project.protected_tags["v*"] = TagRule()
+    fields = {"key": "SECRET", "value": "x", "protected": True}
+    assert ask(gitlab, "POST", "/projects/64/variables", json=fields).status_code == 201
+    registering = {"token": gitlab.project.registration_token}
+    token = requests.post(f"{gitlab.url}/api/v4/runners", data=registering, timeout=10).json()["token"]
+
+    def sees_secret() -> bool:
+        answer = requests.post(f"{gitlab.url}/api/v4/jobs/request", json={"token": token}, timeout=10)
+        assert answer.status_code == 201
+        return "SECRET" in [variable["key"] for variable in answer.json()["variables"]]
+
+    url = address(gitlab, "api", MAINTAINER)
+    seen = []
+    for refspec in ("HEAD:main", "HEAD:other", "HEAD:refs/tags/v1", "HEAD:refs/tags/x1", "HEAD~1:experiment"):
+        git(work, "push", "--force", url, refspec)
+        seen.append(sees_secret())
+    assert seen == [True, False, True, False, False]
+    gitlab.project.protected_branches["experiment"] = BranchRule(force_push=True)
+    git(work, "push", "--force", url, "HEAD:experiment")
+    assert started(gitlab)[-1][0] == "refs/merge-requests/3/head"
+    assert sees_secret()
+    assert (
+        requests.post(f"{gitlab.url}/api/v4/jobs/request", json={"token": token}, timeout=10).status_code
+        == 204
+    )
 
 
 def test_dump_has_pipelines_runners_and_variables_and_no_secret(

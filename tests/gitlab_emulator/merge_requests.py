@@ -103,7 +103,7 @@ def merge_merge_request(call: Call) -> Any:
     assert call.token is not None
     if not may_merge(merge_request.target_branch, call.token.access_level, project.protected_branches):
         raise ApiError(401, "401 Unauthorized")
-    if merge_request.state != "opened" or call.project.repository is None:
+    if merge_request.state != "opened" or project.repository is None:
         raise ApiError(405, "405 Method Not Allowed")
     if call.get("sha") not in (None, merge_request.sha):
         raise ApiError(409, "SHA does not match HEAD of source branch")
@@ -155,10 +155,8 @@ def create_merge_request_pipeline(call: Call) -> Any:
     merge_request, token = call.merge_request, call.token
     assert token is not None
     ref = f"refs/merge-requests/{merge_request.iid}/head"
-    options = {"sha": merge_request.sha}
-    made = start(
-        call.state, call.project, ref, "merge_request_event", token.user, {}, token.access_level, **options
-    )
+    event, level, sha = "merge_request_event", token.access_level, merge_request.sha
+    made = start(call.state, call.project, ref, event, token.user, {}, level, sha=sha)
     return pipeline_json(call, made)
 
 

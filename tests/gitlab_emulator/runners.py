@@ -200,10 +200,25 @@ def _handed_over(call: Call, project: Project, pipeline: Json, job: Job) -> Json
     }
 
 
+def is_guarded(project: Project, ref: str, is_tag: bool = False) -> bool:
+    """Whether a pipeline of the ref sees protected variables: of a protected branch or tag, or of a merge request between
+    two protected branches of the project (doc/ci/pipelines/merge_request_pipelines.md).
+    """
+    if is_tag:
+        return bool(rules_of(ref, project.protected_tags))
+    branches = [ref]
+    if ref.startswith("refs/merge-requests/"):
+        merge_request = project.merge_requests[int(ref.split("/")[2])]
+        if merge_request.source_project_id != project.id:
+            return False
+        branches = [merge_request.source_branch, merge_request.target_branch]
+    return all(rules_of(branch, project.protected_branches) for branch in branches)
+
+
 def _variables(call: Call, project: Project, pipeline: Json, job: Job, is_tag: bool) -> list[Json]:
     """Predefined ones, the project's (protected ones for protected refs only), the job's and the pipeline's."""
     ref = pipeline["ref"]
-    guarded = bool(rules_of(ref, project.protected_tags if is_tag else project.protected_branches))
+    guarded = is_guarded(project, ref, is_tag)
     url = f"{call.base_url}/{project.path}"
     predefined = {
         "CI": "true",
