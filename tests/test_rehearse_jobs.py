@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,6 +222,13 @@ def test_needs_decide_whether_a_job_starts(
     when: str, statuses: list[tuple[str, bool]], expected: bool
 ) -> None:
     assert starts(when, statuses, by_needs=True) == expected
+
+
+def test_image_of_the_jobs_has_all_that_make_installs() -> None:
+    """Else `make lint` and `make pytest` are green here and red there."""
+    [extras] = re.findall(r"^EXTRAS := (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    [given] = re.findall(r"requirements\.py (.+) > requirements", (ROOT / "Dockerfile").read_text())
+    assert given.split() == extras.split(",")
 
 
 # ---- Only in containers
