@@ -293,7 +293,19 @@ def test_messages_names_and_refs_that_are_not_utf8_are_read(repository: Path) ->
     person = b"J\xf6rg <j@example.com> 1700000000 +0000"
     tree = git.ask("rev-parse", "HEAD^{tree}").encode()
     content = b"tree %s\nauthor %s\ncommitter %s\n\nGr\xf6\xdfe\n" % (tree, person, person)
-    made = git.ask("hash-object", "-t", "commit", "-w", "--stdin", "--literally", text=content)
+    made = (
+        git.run(
+            "hash-object",
+            "-t",
+            "commit",
+            "-w",
+            "--stdin",
+            "--literally",
+            text=content.decode("utf-8", "surrogateescape"),
+        )
+        .decode()
+        .strip()
+    )
     git.run("update-ref", os.fsdecode(b"refs/heads/gr\xf6\xdfe"), made)
     assert git.ask("show", "--no-patch", "--format=%an: %s", made) == "J\ufffdrg: Gr\ufffd\ufffde"
     assert git.resolve(os.fsdecode(b"gr\xf6\xdfe")) == made

@@ -115,7 +115,7 @@ def test_messages_that_are_no_utf8_choose_the_version_and_those_of_other_folders
     (work / "elsewhere.txt").write_text("two\n")
     run(work, "commit", "--quiet", "--all", "--message", "feat!: of another folder")
     [message] = tag.messages(f"{base}^", "HEAD")
-    assert message.startswith("fix: l") and tag.printable(message).isprintable()
+    assert message.startswith("fix: l") and message.encode("utf-8", "replace").decode().isprintable()
 
 
 @pytest.mark.parametrize("branch", ["main"], indirect=True)
@@ -125,7 +125,7 @@ def test_what_git_says_in_bytes_that_are_no_utf8_can_be_printed(work: Path, bran
     hook.chmod(0o755)
     pushed = tag.push(settings(branch), git.head(), "refs/tags/model-v1.0.0")
     assert not pushed.done and not pushed.race
-    assert pushed.reason == "remote: GitLab: nicht f?r dich"
+    assert pushed.reason == "remote: GitLab: nicht f\ufffdr dich"
     pushed.reason.encode()
 
 

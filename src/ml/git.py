@@ -15,6 +15,16 @@ from ml.errors import UserError
 Done = subprocess.CompletedProcess[bytes]
 
 OPTIONS = {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}  # never asks for a password
+# Whatever the machine or the repository prefer: messages come as UTF-8, and paths as they are, from the root on.
+SAME_EVERYWHERE = (
+    "i18n.commitEncoding=UTF-8",
+    "i18n.logOutputEncoding=UTF-8",
+    "core.quotePath=false",
+    "diff.relative=false",
+    "fetch.recurseSubmodules=false",
+    "push.recurseSubmodules=no",
+)
+CONSEQUENCE = re.compile(r"hook declined|failed to push some refs")  # what follows from the reason
 USERINFO = re.compile(r"(\w://)[^/@\s]+@")  # a job's origin has its token there
 UNKNOWN = "Needed a single revision"
 # what git says to what can be done about it; the first that fits
@@ -57,20 +67,24 @@ class UnknownRevision(UserError):
     """What should name a commit names none."""
 
 
-def attempt(*arguments: str, text: bytes | None = None, **environment: str) -> Done:
+def attempt(*arguments: str, text: str | None = None, **environment: str) -> Done:
     """The command's exit code and output, `text` at its standard input; a failure is the caller's to judge.
 
     Raises UserError where there is no git.
     """
+    settings = [word for setting in SAME_EVERYWHERE for word in ("-c", setting)]
     try:
         return subprocess.run(
-            ["git", *arguments], input=text, capture_output=True, env=os.environ | OPTIONS | environment
+            ["git", *settings, *arguments],
+            input=None if text is None else text.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            env=os.environ | OPTIONS | environment,
         )
     except FileNotFoundError:
         raise UserError("The command `git` is missing. Install git.") from None
 
 
-def run(*arguments: str, text: bytes | None = None, **environment: str) -> bytes:
+def run(*arguments: str, text: str | None = None, **environment: str) -> bytes:
     """What the command prints. Raises GitError."""
     done = attempt(*arguments, text=text, **environment)
     if done.returncode:
@@ -78,9 +92,9 @@ def run(*arguments: str, text: bytes | None = None, **environment: str) -> bytes
     return done.stdout
 
 
-def ask(*arguments: str, text: bytes | None = None, **environment: str) -> str:
+def ask(*arguments: str) -> str:
     """What the command prints, as text: names and messages need not be UTF-8. Raises GitError."""
-    return run(*arguments, text=text, **environment).decode("utf-8", "replace").strip()
+    return run(*arguments).decode("utf-8", "replace").strip()
 
 
 def says_yes(*arguments: str) -> bool:
@@ -89,12 +103,6 @@ def says_yes(*arguments: str) -> bool:
     if done.returncode > 1:
         raise GitError(name_of(arguments), done)
     return done.returncode == 0
-
-
-def run_git(*arguments: str) -> bytes | None:
-    """Standard output; None for any failure. For `ml.release.tag` and `ml.tracking`, until they use the above."""
-    done = attempt(*arguments)
-    return done.stdout if done.returncode == 0 else None
 
 
 def name_of(arguments: tuple[str, ...]) -> str:
@@ -109,6 +117,7 @@ def own_words(stderr: bytes) -> str:
     """What went wrong by git's or the server's own account, in one line, without a password."""
     lines = [line.strip() for line in USERINFO.sub(r"\1", stderr.decode("utf-8", "replace")).splitlines()]
     told = [line for line in lines if line.startswith(("fatal:", "error:", "remote: ", "!"))]
+    told = [line for line in told if not CONSEQUENCE.search(line)] or told
     last = [line for line in lines if line][-1:]
     return (
         "; ".join(dict.fromkeys(line.removeprefix("fatal: ") for line in told or last))

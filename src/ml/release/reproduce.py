@@ -27,7 +27,7 @@ from dvc.repo import Repo
 from ml import files, git
 from ml.errors import UserError, exit_on_user_error
 from ml.lock import LOCK, Lock, StageLock, parse_lock, read_lock
-from ml.release import remote, tag
+from ml.release import remote
 from ml.release.pipeline import DVC
 from ml.settings import Settings, load_settings
 
@@ -197,12 +197,12 @@ def restore_data(project: Path, remotes: list[str]) -> str:
     if found is not None:
         return f"remote {found}"
     command = [sys.executable, "-m", "ml.task.dataset", "restore"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment(project))
+    done = subprocess.run(command, cwd=project, capture_output=True, env=environment(project))
     if done.returncode == 0:
         return "`python -m ml.task.dataset restore`"
     raise UserError(
         f"The data of this commit ({', '.join(sources)}) are on none of the remotes {', '.join(remotes)}, and "
-        f"`python -m ml.task.dataset restore` says: {tag.last_line(done.stderr)}. Set DVC_REMOTE_URL to where they are."
+        f"`python -m ml.task.dataset restore` says: {git.own_words(done.stderr)}. Set DVC_REMOTE_URL to where they are."
     )
 
 

@@ -7,7 +7,6 @@ objects whenever it is repeated; pushing one that is there already changes nothi
 import base64
 import os
 import re
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,6 @@ RACES = ("[rejected]", "cannot lock ref", "failed to update ref")
 SUMS = "SHA256SUMS"  # the line above the sums in a tag's message, and the file of them among the release's
 SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
 NO_PIPELINE = "ci.skip"  # push option
-# Whatever the machine or the repository prefer: messages come as UTF-8, and paths as they are.
-SAME_EVERYWHERE = (
-    "i18n.commitEncoding=UTF-8",
-    "i18n.logOutputEncoding=UTF-8",
-    "core.quotePath=false",
-    "fetch.recurseSubmodules=false",
-    "push.recurseSubmodules=no",
-)
 
 
 @dataclass(frozen=True)
@@ -67,42 +58,11 @@ class Pushed:
 
 
 def run(*arguments: str, text: str | None = None, **environment: str) -> str:
-    """Standard output of a git command. Raises UserError with what git said."""
-    done = attempt(*arguments, text=text, **environment)
-    if done.returncode:
-        raise UserError(f"`git {arguments[0]}` failed: {last_line(done.stderr)}")
-    return done.stdout.strip()
-
-
-def attempt(
-    *arguments: str, text: str | None = None, **environment: str
-) -> "subprocess.CompletedProcess[str]":
-    """Never asks for a password: without the right one the command fails.
+    """Standard output of a git command. Raises GitError.
 
     Bytes that are not UTF-8, as in names and messages of commits, are handed through as they are (surrogateescape).
     """
-    silent = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
-    options = [word for setting in SAME_EVERYWHERE for word in ("-c", setting)]
-    return subprocess.run(
-        ["git", *options, *arguments],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        env=os.environ | silent | environment,
-    )
-
-
-def last_line(output: str) -> str:
-    """The last line that says something, fit to be printed."""
-    lines = [line for line in output.strip().splitlines() if line.strip() and not line.startswith("hint:")]
-    told = [line for line in lines if line.startswith(("remote: GitLab:", "fatal:", "error:", " !"))] or lines
-    return printable(told[0].strip()) if told else "no message"
-
-
-def printable(text: str) -> str:
-    """With a question mark for each byte that was not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    return git.run(*arguments, text=text, **environment).decode("utf-8", "surrogateescape").strip()
 
 
 def parents(commit: str) -> list[str]:
@@ -118,7 +78,7 @@ def messages(before: str, commit: str) -> list[str]:
 
 def is_ancestor(older: str, newer: str) -> bool:
     """Whether `newer` has `older` in its history; every commit has itself."""
-    return git.run_git("merge-base", "--is-ancestor", older, newer) is not None
+    return git.says_yes("merge-base", "--is-ancestor", older, newer)
 
 
 def fetch(branch: str) -> str:
@@ -129,10 +89,10 @@ def fetch(branch: str) -> str:
     if run("rev-parse", "--is-shallow-repository") == "true":
         raise UserError('The history is not whole here. Set GIT_DEPTH: "0" for the release job.')
     tracked = f"refs/remotes/origin/{branch}"
-    done = attempt("fetch", "--quiet", "--force", "--tags", "origin", f"+refs/heads/{branch}:{tracked}")
+    done = git.attempt("fetch", "--quiet", "--force", "--tags", "origin", f"+refs/heads/{branch}:{tracked}")
     if done.returncode:
         raise UserError(
-            f"origin's {branch} could not be fetched: {last_line(done.stderr)}. "
+            f"origin's {branch} could not be fetched: {git.own_words(done.stderr)}. "
             "Check `git remote get-url origin` and CI_DEFAULT_BRANCH, then run the job again."
         )
     return git.resolve(tracked)
@@ -236,14 +196,14 @@ def push(settings: Settings, source: str, ref: str, *options: str) -> Pushed:
         address = f"{settings.ci_project_url}.git"
         environment = authorization(settings, address, token)
     command = ["push", "--porcelain", address, f"{source}:{ref}"]
-    done = attempt(*command, *(f"--push-option={option}" for option in options), **environment)
-    if done.returncode and "does not support push options" in done.stderr:
-        done = attempt(*command, **environment)
+    done = git.attempt(*command, *(f"--push-option={option}" for option in options), **environment)
+    if done.returncode and b"does not support push options" in done.stderr:
+        done = git.attempt(*command, **environment)
     if done.returncode == 0:
         return Pushed(True)
-    said = done.stdout + done.stderr
+    said = (done.stdout + done.stderr).decode("utf-8", "replace")
     race = any(word in said for word in RACES)
-    return Pushed(False, race, last_line(done.stderr).replace(address, "the repository"))
+    return Pushed(False, race, git.own_words(done.stderr).replace(address, "the repository"))
 
 
 def authorization(settings: Settings, address: str, token: SecretStr) -> dict[str, str]:

@@ -172,7 +172,7 @@ def write_files(bundled: Path, folder: Path) -> None:
 
 def who(settings: Settings) -> str:
     """The person, as GitLab, else git, else the machine knows them, and the job."""
-    found = (git.run_git("config", key) or b"" for key in ("user.name", "user.email"))
+    found = (git.attempt("config", key).stdout for key in ("user.name", "user.email"))
     name, mail = (value.decode("utf-8", "replace").strip() for value in found)
     person = settings.gitlab_user_login or (f"{name} <{mail}>" if name and mail else name or mail)
     if not person:

@@ -81,10 +81,7 @@ class Evidence:
     @cached_property
     def commit(self) -> str:
         commit = self.tag("git_commit")
-        if (
-            not re.fullmatch(r"[0-9a-f]{40,64}", commit)
-            or git.run_git("cat-file", "-e", f"{commit}^{{commit}}") is None
-        ):
+        if not re.fullmatch(r"[0-9a-f]{40,64}", commit) or not git.exists(commit):
             raise Missing(
                 f"{commit} is no commit of this repository (fetch the whole history, then check again)"
             )
@@ -254,12 +251,12 @@ def release(evidence: Evidence) -> None:
     """The bundle is of this release; the git tag, where it has been fetched, names this commit and these bytes."""
     tag = evidence.tag("model_tag")
     same("tag model_tag", tag, evidence.experiment.tag, bundle.EXPERIMENT)
-    tagged = git.run_git("rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}")
-    if tagged is None:
+    try:
+        tagged = git.resolve(f"refs/tags/{tag}")
+    except git.UnknownRevision:
         return
-    same("git_commit", evidence.tag("git_commit"), tagged.decode().strip(), f"git tag {tag}")
-    told = git.run_git("for-each-ref", "--format=%(contents)", f"refs/tags/{tag}") or b""
-    message = told.decode("utf-8", "replace")
+    same("git_commit", evidence.tag("git_commit"), tagged, f"git tag {tag}")
+    message = git.ask("for-each-ref", "--format=%(contents)", f"refs/tags/{tag}")
     trailers = dict(re.findall(r"(?m)^([A-Z][\w-]+): (\S+)$", message))
     for trailer, key in (
         ("Model-Sha256", "model_sha256"),
