@@ -517,10 +517,8 @@ def test_candidate_whose_files_are_not_those_of_the_lock_is_an_error(experiment:
         run(commit)
 
 
-def test_unknown_primary_metric_is_named(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = compare.load_params()
-    report = params.report.model_copy(update={"primary_metric": "auc"})
-    monkeypatch.setattr(compare, "load_params", lambda: params.model_copy(update={"report": report}))
+def test_unknown_primary_metric_is_named(experiment: Experiment) -> None:
+    experiment.params["report"]["primary_metric"] = "auc"
     experiment.write_results(predictions())
     commit = experiment.commit()
     with pytest.raises(UserError, match=r"'auc'.*accuracy, macro_f1, loss, calibration_error"):

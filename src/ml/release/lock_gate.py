@@ -240,10 +240,10 @@ def main() -> None:
     )
     parser.add_argument("--receipt", type=Path, help="a pipeline's receipt that dvc.lock has to agree with")
     parser.add_argument("--require-receipts", action="store_true", help="a run record alone is not enough")
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_args(), load_settings()
     revision: str | None = arguments.since
     if arguments.since_baseline:
-        revision = load_settings().require_baseline("--since")
+        revision = settings.require_baseline("--since")
     if revision is not None and unchanged_since(revision):
         print(
             f"{LOCK} is that of {revision[:12]}: nothing is claimed, so nothing is judged.",
