@@ -11,7 +11,7 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d
 # refuses another user's checkout unless the image trusts it (safe.directory): nobody else shares the container.
 FROM ${BASE} AS ci
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates git make openssh-client \
+ && apt-get install --yes --no-install-recommends ca-certificates curl git make openssh-client \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 ci \
  && install --directory --owner=ci /opt/venv /opt/node \
