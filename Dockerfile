@@ -40,7 +40,7 @@ RUN python3 -m venv /opt/venv \
 ARG TORCH_INDEX=
 COPY constraints.txt pyproject.toml deploy/image/requirements.py ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} torch torchvision
-RUN python3 requirements.py train pipeline track report serve otel dev > requirements.txt \
+RUN python3 requirements.py train pipeline track report serve otel dev gs azure > requirements.txt \
  && pip install --constraint constraints.txt --requirement requirements.txt 'setuptools>=80'
 # This copy of the package judges: `preflight`, `report`, `gate` and `release` run no file of the checkout. It comes last,
 # so that an image for a change of src/ml alone takes seconds.

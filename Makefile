@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 ENOUGH_FOR_DEMO := $(VENV)/.installed-for-demo
 # On Linux, PyPI's torch brings CUDA (gigabytes). For a machine without a GPU:
 #   make setup PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-EXTRAS := train,pipeline,track,report,serve,otel,dev
-ALL_EXTRAS := $(EXTRAS),gs,azure  # what constraints.txt pins
+# With the clients of all remotes; what constraints.txt pins.
+EXTRAS := train,pipeline,track,report,serve,otel,dev,gs,azure
 DEMO_EXTRAS := train,report,serve
 # Apple's make heeds the exported PATH only where it has to start a shell, which naming one makes it do.
 SHELL := /bin/bash
@@ -106,7 +106,7 @@ constraints:  ## pin what a fresh installation of pyproject.toml resolves to tod
 	$(PYTHON) -m venv $(VENV)
 	grep -E '^(torch|torchvision)==' constraints.txt > $(VENV)/torch.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt torch
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$(ALL_EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean:  ## remove the virtual environment and what the demo and the tests left

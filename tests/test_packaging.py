@@ -94,8 +94,7 @@ def test_every_package_that_is_needed_and_installed_is_pinned_at_its_version() -
 )
 def test_client_of_each_remote_can_be_imported_under_the_pins(package: str, module: str) -> None:
     """pip resolves what cannot be imported too: dvc imports these where the remote is used, and no sooner."""
-    if installed(package)[0] is None:
-        pytest.skip(f"{package} is not installed")
+    assert installed(package)[0], f"{package} is not installed: make setup"
     needed, todo, pinned = set(), [package], pins()
     while todo:
         name = canonicalize_name(todo.pop())
