@@ -346,6 +346,12 @@ def run(
     try:
         baseline = find_baseline(revision)
         changes = compare_locks(candidate.side.lock, baseline.lock, str(baseline.commit))
+        if late := outdated(baseline.lock, baseline.commit):
+            text = (
+                f"{LOCK} of the baseline is older than the baseline itself, which has been merged and not released yet. So "
+                "the difference is not this merge request's alone; a pipeline on top of the release tells what is"
+            )
+            notes.append(Note(text=text, detail=", ".join(late)))
         old = load_baseline(baseline)
         findings = other_class_names(candidate.class_names, old.class_names) or compare(
             candidate, old, params, bins
