@@ -238,9 +238,13 @@ class Release:
                     f"The tag {name} could not be pushed: {pushed.reason}. {PUSHER}, and that no rule of the project "
                     f"forbids it. {LATER}"
                 )
+        earlier = [
+            each.trailers.get("Lock-Sha256", "") for each in self.tags if each.version < package.version
+        ]
+        text = lock_message(package.version)
         if git.show(self.commit, LOCK) == released.lock:
             self.journal.say(f"{LOCK} is committed already")
-        elif refused := tag.commit_lock(settings, self.commit, released.lock, lock_message(package.version)):
+        elif refused := tag.commit_lock(settings, self.commit, released.lock, text, earlier):
             self.journal.warn(
                 f"{LOCK} was not committed to {settings.ci_default_branch}: {refused}. The tag has it."
             )
