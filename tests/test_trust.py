@@ -123,6 +123,25 @@ def test_merge_request_that_edits_its_gate_stays_red_and_is_told_of(
     assert result.load(experiment.folder / result.COMPARISON).judge.code == "candidate"  # type: ignore[union-attr]
 
 
+def test_pictures_are_drawn_as_the_judge_draws_them_whatever_the_checkout_sets(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """matplotlib reads a matplotlibrc of the working folder: white lines on white would hide a loss."""
+    experiment.write_results(predictions(wrong=0.02))
+    base = experiment.commit("base")
+    experiment.write_results(predictions(wrong=0.4))
+    experiment.commit("worse")
+    drawn = []
+    for settings in ("", 'axes.prop_cycle: cycler("color", ["white"])\ntext.color: white\nfigure.dpi: 10\n'):
+        if settings:
+            experiment.write("matplotlibrc", settings)
+        done = job(experiment.folder, ROOT / "src", "ml.report.compare", CI_MERGE_REQUEST_DIFF_BASE_SHA=base)
+        assert done.returncode == 0, done.stderr
+        pictures = sorted((experiment.folder / "reports/comparison").glob("*.png"))
+        drawn.append({path.name: path.read_bytes() for path in pictures})
+    assert drawn[0] and drawn[0] == drawn[1]
+
+
 def save(experiment: Experiment, message: str) -> str:
     experiment.git("add", "--all")
     experiment.git("commit", "--quiet", "--allow-empty", "--message", message)

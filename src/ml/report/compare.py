@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -398,6 +399,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ml.report.compare", description=(__doc__ or "").splitlines()[0]
     )
+    # a matplotlibrc in the checkout, which is read from the working folder, would draw a merge request's own pictures
+    matplotlib.rcdefaults()
     parser.add_argument(
         "--baseline",
         metavar="REV",
