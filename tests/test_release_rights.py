@@ -225,6 +225,8 @@ def test_end_of_the_token_is_told_two_weeks_ahead(gitlab: GitLabEmulator) -> Non
         ("ci:main", "^main$", False),
         ("ci:main", "^other$", True),
         (f"ci@sha256:{'0' * 64}", None, False),
+        ("ci", None, True),
+        ("ci", "^latest$", False),  # a name without a tag
     ],
 )
 def test_image_that_developers_may_replace_is_told(

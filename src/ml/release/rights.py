@@ -237,9 +237,10 @@ def variable_doors(found: dict[str, Any]) -> list[str]:
 def image_door(project: Project, found: dict[str, Any], settings: Settings) -> list[str]:
     """Whether Developers may replace the image that this job runs, which sees the release's secrets. Raises GitlabError."""
     prefix, image = found.get("container_registry_image_prefix"), settings.ci_job_image or ""
-    if not prefix or not image.startswith((f"{prefix}/", f"{prefix}:")) or "@sha256:" in image:
+    if not prefix or not f"{image}/".startswith((f"{prefix}/", f"{prefix}:")) or "@sha256:" in image:
         return []
-    repository, _, name = image.removeprefix(f"{str(prefix).partition('/')[0]}/").rpartition(":")
+    repository, _, name = image.removeprefix(f"{str(prefix).partition('/')[0]}/").partition(":")
+    name = name or "latest"
     tags = rules_of(project, "tag")
     repositories = rules_of(project, "repository")
     if tags is None and repositories is None:
