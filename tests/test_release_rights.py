@@ -126,7 +126,7 @@ def test_release_of_a_project_that_cannot_hold_it_writes_nothing_anywhere(
 ) -> None:
     project.merge(4)
     before = published(project)
-    project.gitlab.project.features_off.add(feature)
+    project.gitlab.project.features_off.append(feature)
     project.release(fails=f"has {name} switched off.*Settings → General.*Nothing was written")
     project.gitlab.project.features_off.clear()
     assert published(project) == before
@@ -137,7 +137,7 @@ def test_release_of_a_project_that_cannot_hold_it_writes_nothing_anywhere(
 def test_member_by_another_groups_invitation_is_taken_by_that_role(gitlab: GitLabEmulator, role: int) -> None:
     """`permissions` of a project name its own members and its group's alone."""
     value = token(gitlab, role=role)
-    gitlab.project.invited.add(gitlab.state.tokens[value].user.id)
+    gitlab.project.invited.append(gitlab.state.tokens[value].user.id)
     if role == MAINTAINER:
         assert check(gitlab, value) == []
     else:
