@@ -154,6 +154,28 @@ def test_image_that_passed_is_noted_and_gone_back_to(folder: Path, gitlab: GitLa
     assert links["model-v1.1.0"] == []  # never noted: it failed
 
 
+def test_link_that_no_deployment_has_made_is_not_gone_back_to(folder: Path, gitlab: GitLabEmulator) -> None:
+    gitlab.project.releases["model-v1.0.0"]["assets"]["links"].append(
+        {"id": 1, "name": "image", "url": "https://elsewhere.example.com/miner:latest", "link_type": "image"}
+    )
+    message = run(folder, **gitlab.environment(None), DEPLOY_COMMAND=f"{WRITE}; false", fails="exit code 1")
+    assert "elsewhere" not in message + (folder / "deployed").read_text()
+
+
+@pytest.mark.parametrize("image", ["registry.example.com/g/p:latest", f"{OLD}\n", f" {OLD}"])
+def test_image_to_go_back_to_that_is_none_by_digest_is_refused_before_anything_is_deployed(
+    folder: Path, image: str
+) -> None:
+    run(
+        folder,
+        DEPLOY_COMMAND=WRITE,
+        PREVIOUS_MODEL_TAG="model-v1.0.0",
+        PREVIOUS_IMAGE=image,
+        fails="PREVIOUS_IMAGE",
+    )
+    assert not (folder / "deployed").exists()
+
+
 def test_deploying_again_leaves_one_note(folder: Path, gitlab: GitLabEmulator) -> None:
     for _ in range(2):
         run(folder, **gitlab.environment(None), DEPLOY_COMMAND=WRITE)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ml.errors import UserError
+from ml.lock import LOCK, read_lock
 from ml.report import compare, result
 from ml.settings import Settings
 from tests.experiment import Experiment, make_experiment, predictions
@@ -88,6 +89,39 @@ def test_loss_is_not_hidden_by_what_main_has_gained_meanwhile(
     assert (nothing.verdict, nothing.problem) == ("no baseline", "first_run")
     with pytest.raises(UserError, match="no merge-request pipeline.*--baseline REV"):
         verdict(monkeypatch)
+
+
+@pytest.mark.parametrize("variable", ["TARGET_BRANCH_SHA", "DIFF_BASE_SHA"])
+@pytest.mark.parametrize("what", ["train.epochs", "src/train.py", "constraints.txt", "data"])
+def test_gain_of_a_merge_that_is_not_released_yet_is_not_credited_without_a_word(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, what: str, variable: str
+) -> None:
+    """The car before in a merge train; or a branch made before the release job has committed dvc.lock."""
+    experiment.write_results(predictions(wrong=0.4))
+    experiment.commit("B0")
+    lock = (experiment.folder / LOCK).read_text()
+    md5 = read_lock().sources["data"]
+    experiment.write("data.dvc", f"outs:\n- md5: {md5}\n  path: data\n")
+    experiment.git("add", "--all")
+    experiment.git("commit", "--quiet", "--message", "released")
+    released = experiment.git("rev-parse", "HEAD")
+    if what == "train.epochs":
+        experiment.params["train"]["epochs"] = 99
+        experiment.write_params()
+    else:
+        experiment.write(
+            "data.dvc" if what == "data" else what, f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n"
+        )
+    experiment.git("commit", "--quiet", "--all", "--message", "B1: main has got much better, by what it says")
+    merged = experiment.git("rev-parse", "HEAD")
+    assert (experiment.folder / LOCK).read_text() == lock
+    experiment.write_results(predictions(wrong=0.2))
+    experiment.commit("the merge of B1 and a branch that loses")
+    job = {"CI_MERGE_REQUEST_IID": "3", f"CI_MERGE_REQUEST_{variable}": merged}
+    [note] = verdict(monkeypatch, **job).notes
+    assert "older than the baseline itself" in note.text and note.detail == what
+    job[f"CI_MERGE_REQUEST_{variable}"] = released
+    assert verdict(monkeypatch, **job).notes == []
 
 
 @pytest.mark.slow

@@ -428,6 +428,28 @@ def test_lock_that_others_pushed_is_left_alone(
     assert project.tags()[-1] == "model-v1.0.1"
 
 
+def test_second_of_two_merges_has_the_last_word_on_the_lock_whenever_the_first_is_released_again(
+    project: ReleaseProject,
+) -> None:
+    """Both are merged before the first is released, whose dvc.lock then comes on top of the second one's merge."""
+    first = project.merge(4)
+    project.propose(5, "Train for five epochs", epochs=5)
+    project.review(5)
+    second = project.merge(5)
+
+    project.release(first)
+    assert lock_of(project, "main") == lock_of(project, "model-v1.0.1")
+    project.release(second)
+    assert lock_of(project, "main") == lock_of(project, "model-v1.0.2")
+    assert project.facts()["warnings"] == []
+    assert "brings a dvc.lock of its own" in project.release(first)
+    assert lock_of(project, "main") == lock_of(project, "model-v1.0.2")
+
+
+def lock_of(project: ReleaseProject, revision: str) -> str:
+    return project.origin("rev-parse", f"{revision}^{{commit}}:dvc.lock")
+
+
 # ---- GitLab and MLflow fail
 
 

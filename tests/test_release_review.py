@@ -85,6 +85,31 @@ def test_train_of_two_is_released_as_it_was_reviewed(project: ReleaseProject) ->
     assert project.facts()["facts"]["stages_run"] == 0
 
 
+def test_train_of_fast_forwards_is_found_by_the_commit_that_it_ran_on(
+    project: ReleaseProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GitLab writes the train's rebased commit to main; the merge request's `sha` stays its head."""
+
+    def rebased(onto: str, head: str, ref: str) -> str:
+        tree = project.origin("merge-tree", "--write-tree", onto, head).splitlines()[0]
+        commit = project.origin("commit-tree", tree, "-p", onto, "-m", "Rebased")
+        project.origin("update-ref", ref, commit)
+        return commit
+
+    monkeypatch.setattr(project, "merged", rebased)
+    project.propose(5, "Other", epochs=5)
+    project.review(5)
+    commit = project.review(4, kind="train")
+    with project.gitlab.state.lock:
+        project.gitlab.project.merge_requests[4].state = "merged"
+    project.origin("update-ref", "refs/heads/main", commit)
+
+    project.release(commit)
+
+    assert project.tags() == ["model-v1.0.0", "model-v1.0.1"]
+    assert "/merge_requests/4" in project.trailers("model-v1.0.1")["Merge-Request"]
+
+
 def test_pipeline_that_failed_or_ran_on_a_branch_is_not_the_reviewed_one(project: ReleaseProject) -> None:
     reviewed, gitlab = receipt_of(project), project.gitlab
     forged = {"pipeline": {"reports/receipt.json": b"{}", "dvc.lock": b""}}

@@ -120,6 +120,31 @@ def test_release_without_the_right_token_writes_nothing_anywhere(project: Releas
     assert published(project) == before
 
 
+@pytest.mark.parametrize(("feature", "name"), [("releases", "Releases"), ("packages", "Package registry")])
+def test_release_of_a_project_that_cannot_hold_it_writes_nothing_anywhere(
+    project: ReleaseProject, feature: str, name: str
+) -> None:
+    project.merge(4)
+    before = published(project)
+    project.gitlab.project.features_off.append(feature)
+    project.release(fails=f"has {name} switched off.*Settings → General.*Nothing was written")
+    project.gitlab.project.features_off.clear()
+    assert published(project) == before
+    project.release()
+
+
+@pytest.mark.parametrize("role", [MAINTAINER, DEVELOPER])
+def test_member_by_another_groups_invitation_is_taken_by_that_role(gitlab: GitLabEmulator, role: int) -> None:
+    """`permissions` of a project name its own members and its group's alone."""
+    value = token(gitlab, role=role)
+    gitlab.project.invited.append(gitlab.state.tokens[value].user.id)
+    if role == MAINTAINER:
+        assert check(gitlab, value) == []
+    else:
+        with pytest.raises(UserError, match="has the role Developer in project 64"):
+            check(gitlab, value)
+
+
 @pytest.mark.parametrize("version", ["17.2", "18.9"])
 def test_developers_merge_is_released_on_the_free_tier(released: Path, tmp_path: Path, version: str) -> None:
     """Protected tags and main: the job's own token, a Developer's, may make neither tag nor release."""
@@ -200,6 +225,8 @@ def test_end_of_the_token_is_told_two_weeks_ahead(gitlab: GitLabEmulator) -> Non
         ("ci:main", "^main$", False),
         ("ci:main", "^other$", True),
         (f"ci@sha256:{'0' * 64}", None, False),
+        ("ci", None, True),
+        ("ci", "^latest$", False),  # a name without a tag
     ],
 )
 def test_image_that_developers_may_replace_is_told(

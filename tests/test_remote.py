@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -260,3 +261,33 @@ def test_remote_that_refuses_is_told_from_one_that_lacks_the_file(finished: Proj
             nobody.read("a")
     with Repo(str(finished.folder), config={"remote": {"x": {"url": str(tmp_path / "new")}}}) as repo:
         assert remotes.open_place(repo, "x").read("a") is None
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "['remote \"main\"']\nconfigpath = ../aws.cfg\nprofile = any\n",
+        "['remote \"Main\"']\nconfigpath = ../aws.cfg\nprofile = any\n",
+        "['remote \"merge-request\"']\nendpointurl = http://127.0.0.1:9\n",
+    ],
+)
+def test_committed_options_of_a_jobs_remote_are_refused_as_they_may_run_a_command(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    (empty / "aws.cfg").write_text("[profile any]\ncredential_process = touch ran\n")
+    committed = empty / ".dvc/config"
+    committed.write_text(f"[core]\nautostage = true\n['remote \"team\"']\nurl = s3://other\n{section}")
+    with pytest.raises(
+        UserError, match=r"\.dvc/config defines a remote .*(main|merge-request) has .*another name"
+    ):
+        configured(monkeypatch, DVC_REMOTE_URL="s3://bucket/dvc")
+    committed.write_text(committed.read_text().removesuffix(section))
+    assert set(configured(monkeypatch, DVC_REMOTE_URL="s3://bucket/dvc")) == {"main"}
+
+
+def test_committed_local_configuration_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty / ".dvc/config.local").write_text("[core]\n")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    subprocess.run(["git", "add", "--force", ".dvc/config.local"], check=True)
+    with pytest.raises(UserError, match=r"\.dvc/config\.local is committed.*git rm --cached"):
+        configured(monkeypatch, DVC_REMOTE_URL="/srv/dvc")

@@ -123,6 +123,25 @@ def test_merge_request_that_edits_its_gate_stays_red_and_is_told_of(
     assert result.load(experiment.folder / result.COMPARISON).judge.code == "candidate"  # type: ignore[union-attr]
 
 
+def test_pictures_are_drawn_as_the_judge_draws_them_whatever_the_checkout_sets(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """matplotlib reads a matplotlibrc of the working folder: white lines on white would hide a loss."""
+    experiment.write_results(predictions(wrong=0.02))
+    base = experiment.commit("base")
+    experiment.write_results(predictions(wrong=0.4))
+    experiment.commit("worse")
+    drawn = []
+    for settings in ("", 'axes.prop_cycle: cycler("color", ["white"])\ntext.color: white\nfigure.dpi: 10\n'):
+        if settings:
+            experiment.write("matplotlibrc", settings)
+        done = job(experiment.folder, ROOT / "src", "ml.report.compare", CI_MERGE_REQUEST_DIFF_BASE_SHA=base)
+        assert done.returncode == 0, done.stderr
+        pictures = sorted((experiment.folder / "reports/comparison").glob("*.png"))
+        drawn.append({path.name: path.read_bytes() for path in pictures})
+    assert drawn[0] and drawn[0] == drawn[1]
+
+
 def save(experiment: Experiment, message: str) -> str:
     experiment.git("add", "--all")
     experiment.git("commit", "--quiet", "--allow-empty", "--message", message)
@@ -305,8 +324,9 @@ def test_comment_without_a_change_of_the_judge_begins_with_the_verdict() -> None
 
 def test_every_module_that_the_judges_import_is_declared(modules_after: Callable[[str], set[str]]) -> None:
     loaded = modules_after("\n".join(f"import {name}" for name in JUDGES))
-    own = {name.removeprefix("ml.").replace(".", "/") for name in loaded if name.startswith("ml.")}
-    files = [f"{name}.py" for name in own if (ROOT / f"src/ml/{name}.py").is_file()]
+    own = {name[3:].replace(".", "/") for name in loaded if name == "ml" or name.startswith("ml.")}
+    named = [f"{name}.py" for name in own] + [f"{name}/__init__.py".removeprefix("/") for name in own]
+    files = [name for name in named if (ROOT / "src/ml" / name).is_file()]
     assert len(files) > 30
     measured = trust.PARTS[trust.MEASURES]
     undeclared = [name for name in files if not trust.judges(name) and f"src/ml/{name}" not in measured]

@@ -108,6 +108,7 @@ class Settings(Environment, BaseSettings):
 
     # Deployment: the image job gives IMAGE, a registry's path with @sha256:…
     image: str | None = None
+    previous_image: str | None = None  # the same, to go back to where none is on record
     deploy_command: Annotated[str | None, Holds("command")] = None
     deploy_webhook: Url | None = None
     deploy_webhook_token: Token = None

@@ -58,6 +58,9 @@ def authorize(state: State, project: Project, token: Token, route: Route) -> Non
         raise not_found("Project")
     if token.access_level < right.role:
         raise not_found() if right.hidden else FORBIDDEN
+    # ProjectPolicy: `releases_disabled`, `packages_disabled` take the rights from every role
+    if any(f"/projects/:id/{feature}" in route.path for feature in project.features_off):
+        raise FORBIDDEN
 
 
 def find_project(state: State, name: str, token: Token) -> Project:

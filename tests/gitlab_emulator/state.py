@@ -200,6 +200,8 @@ class Project:
     pipeline_variables_role: str = "developer"  # or no_one_allowed, maintainer, owner: who may pass variables
     variables: list[Variable] = field(default_factory=list)
     members: dict[int, int] = field(default_factory=dict)  # by user: the role
+    invited: list[int] = field(default_factory=list)  # of them, who is a member by another group
+    features_off: list[str] = field(default_factory=list)  # of packages, releases
     job_token_may_push: bool = False  # the project setting "Allow Git push requests to the repository"
     pushes: list[Push] = field(default_factory=list)
     runners: list[Any] = field(default_factory=list)  # runners.Runner

@@ -37,7 +37,12 @@ def project_json(project: Project, base_url: str, token: Token) -> Json:
         "ssh_url_to_repo": f"git@{base_url.partition('://')[2]}:{project.path}.git",
         "namespace": {"id": 1, "name": namespace, "path": namespace, "kind": "group", "full_path": namespace},
         "permissions": {
-            "project_access": {"access_level": token.access_level, "notification_level": 3},
+            # API::Entities::ProjectWithAccess: members of the project itself
+            "project_access": (
+                None
+                if token.user.id in project.invited
+                else {"access_level": token.access_level, "notification_level": 3}
+            ),
             "group_access": None,
         },
         "archived": False,
@@ -50,6 +55,8 @@ def project_json(project: Project, base_url: str, token: Token) -> Json:
         "merge_requests_access_level": "enabled",
         "repository_access_level": "enabled",
         "builds_access_level": "enabled",
+        "packages_enabled": "packages" not in project.features_off,
+        "releases_access_level": "disabled" if "releases" in project.features_off else "enabled",
         "container_registry_image_prefix": f"registry.{base_url.partition('://')[2]}/{project.path.lower()}",
         **(settings if token.access_level >= MAINTAINER else {}),
     }

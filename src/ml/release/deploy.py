@@ -67,15 +67,16 @@ def read_job(settings: Settings, environment: dict[str, str]) -> Deployed | None
             f"{path} is of {described.tag} (model {described.model.sha256}), and the job is to deploy {tag} "
             f"(model {digest}). Nothing was deployed."
         )
-    if settings.image and not BY_DIGEST.fullmatch(settings.image):
-        raise UserError(
-            f"IMAGE is {settings.image!r:.200}, and should end in @sha256:…: a tag may be moved, and nobody could go back "
-            "to it. The image job gives the digest."
-        )
+    for name, image in (("IMAGE", settings.image), ("PREVIOUS_IMAGE", settings.previous_image)):
+        if image and not BY_DIGEST.fullmatch(image):
+            raise UserError(
+                f"{name} is {image!r:.200}, and should end in @sha256:…: a tag may be moved, and nobody could go back to "
+                "it. The image job's log has the digest."
+            )
     model = Model(tag, digest, settings.image or "")
     given = environment.get("PREVIOUS_MODEL_TAG", "")
     previous = last_good(settings, model) or (
-        Model(given, "", environment.get("PREVIOUS_IMAGE", "")) if given else None
+        Model(given, "", settings.previous_image or "") if given else None
     )
     return Deployed(model, folder, previous)
 
@@ -90,7 +91,9 @@ def last_good(settings: Settings, model: Model) -> Model | None:
         for release in project.all("/releases"):
             name, image = str(release["tag_name"]), gitlab_release.image_of(release)
             version, own = parse_version(name), parse_version(model.tag)
-            if image and image != model.image and version and own and version <= own:
+            # a link that no deployment has made is no image to go back to
+            by_digest = image is not None and BY_DIGEST.fullmatch(image)
+            if image and by_digest and image != model.image and version and own and version <= own:
                 found.append((version, Model(name, "", image)))
     return max(found, key=lambda each: each[0])[1] if found else None
 

@@ -78,7 +78,7 @@ def find_merge_request(project: Project, branch: str, commit: str) -> dict[str, 
     """The merged merge request into `branch` that brought `commit`, as GitLab describes it.
 
     Its merge commit, its squash commit, or after a fast-forward its head is `commit`; or `commit` merges its head,
-    which somebody may have done by hand.
+    which somebody may have done by hand; or its merge train made it.
     """
     wanted = {commit, *tag.parents(commit)[1:]}
     query = {"state": "merged", "target_branch": branch, "order_by": "updated_at", "per_page": 100}
@@ -90,6 +90,21 @@ def find_merge_request(project: Project, branch: str, commit: str) -> dict[str, 
                 return dict(found)
         if len(listed) < 100:
             break
+    return of_train(project, branch, commit)
+
+
+def of_train(project: Project, branch: str, commit: str) -> dict[str, Any] | None:
+    """The merged merge request whose merge train ran on this very commit.
+
+    A train of fast-forwards brings rebased commits, whose hash the API does not tell of a merge request
+    (`merged_commit_sha`).
+    """
+    for pipeline in project.all("/pipelines", sha=commit, source="merge_request_event"):
+        ref = re.fullmatch(r"refs/merge-requests/(\d+)/train", str(pipeline["ref"]))
+        if ref is not None:
+            found = dict(project.get(f"/merge_requests/{ref[1]}"))
+            if found["state"] == "merged" and found["target_branch"] == branch:
+                return found
     return None
 
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from configobj import ConfigObj, ConfigObjError
+from dvc.config import Config, ConfigError
 
+from ml import git
 from ml.errors import UserError, exit_on_user_error
 from ml.remotes import MAIN, MERGE_REQUEST
 from ml.settings import Settings, load_settings
 
 CONFIG = Path(".dvc/config.local")
+COMMITTED = Path(".dvc/config")
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ def configure(settings: Settings, merge_request: int | None = None) -> list[str]
     """
     if not Path(".dvc").is_dir():
         raise UserError("There is no .dvc folder here. Run from the root of the repository.")
+    check_committed()
     iid = merge_request or settings.ci_merge_request_iid
     url = settings.dvc_remote_url
     if url is None:
@@ -278,6 +282,28 @@ def configure(settings: Settings, merge_request: int | None = None) -> list[str]
         sections[MERGE_REQUEST] = section(f"{base.rstrip('/')}/{iid}", name, settings)
     write_config(sections)
     return list(sections)
+
+
+def check_committed() -> None:
+    """Raises UserError where .dvc/config, which a merge request can change, has options of the remotes made here.
+
+    DVC would add them to those of config.local. Some run a command (`configpath`, by its credential_process) or send
+    credentials elsewhere (`endpointurl`), in the jobs that judge and release as well.
+    """
+    if git.attempt("ls-files", "--error-unmatch", "--", str(CONFIG)).returncode == 0:
+        raise UserError(f"{CONFIG} is committed, and this command writes it. Run `git rm --cached {CONFIG}`.")
+    try:
+        committed = Config.load_file(str(COMMITTED)) if COMMITTED.is_file() else {}
+    except ConfigError as error:
+        raise UserError(f"{COMMITTED} cannot be read: {error}. Mend it.") from None
+    remotes = committed.get("remote", {})
+    found = [name for name in (MAIN, MERGE_REQUEST) if name in remotes]
+    if found:
+        told = "; ".join(f"{name} has {', '.join(sorted(remotes[name])) or 'no option'}" for name in found)
+        raise UserError(
+            f"{COMMITTED} defines a remote that this command makes from variables alone ({told}). Give it another name "
+            "there, or remove it."
+        )
 
 
 def section(url: str, variable: str, settings: Settings) -> dict[str, str]:

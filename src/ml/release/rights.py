@@ -57,13 +57,20 @@ def check(settings: Settings) -> tuple[Project | None, list[str]]:
     assert project is not None  # its address and token are known
     token = token_of(project)
     found = project_of(project)
+    user = token.get("user_id")
     role = role_of(found)
+    if role < MAINTAINER:
+        role = max(role, invited_role(project, user))
     if role < MAINTAINER:
         raise UserError(
             f"RELEASE_TOKEN has the role {ROLES.get(role, role)} in project {project.id}, and the release needs "
             f"Maintainer. {NEEDED}"
         )
-    user = token.get("user_id")
+    if off := features_off(found):
+        raise UserError(
+            f"Project {project.id} has {' and '.join(off)} switched off, and the release writes them: Settings → General → "
+            "Visibility, project features, permissions. Nothing was written; switch them on, then run the job again."
+        )
     with explained(project, "Reading what is protected"):
         branches, tags = project.all("/protected_branches"), project.all("/protected_tags")
         doors = [*ending(token), *image_door(project, found, settings)]
@@ -108,9 +115,28 @@ def project_of(project: Project) -> dict[str, Any]:
 
 
 def role_of(found: dict[str, Any]) -> int:
-    """The higher one of the roles in the project and in its groups; 0 where the token's user is no member."""
+    """The higher one of the roles in the project and in its groups; 0 where the token's user is in neither."""
     granted = (found.get("permissions") or {}).values()
     return max((int(each["access_level"]) for each in granted if each), default=0)
+
+
+def invited_role(project: Project, user: object) -> int:
+    """Of a member by an invitation of another group, which the project's own `permissions` leave out; 0 for no member."""
+    with explained(project, "Reading RELEASE_TOKEN's role"):
+        try:
+            member = project.get(f"/members/all/{user}")
+        except GitlabError as error:
+            if error.response_code in (403, 404):
+                return 0
+            raise
+    return int(member.get("access_level") or 0)
+
+
+def features_off(found: dict[str, Any]) -> list[str]:
+    """What a release writes and this project has not, whatever the token's role; an older server may not say."""
+    packages = found.get("packages_enabled") is False
+    packages |= found.get("package_registry_access_level") == "disabled"
+    return ["Package registry"] * packages + ["Releases"] * (found.get("releases_access_level") == "disabled")
 
 
 def ending(token: dict[str, Any]) -> list[str]:
@@ -211,9 +237,10 @@ def variable_doors(found: dict[str, Any]) -> list[str]:
 def image_door(project: Project, found: dict[str, Any], settings: Settings) -> list[str]:
     """Whether Developers may replace the image that this job runs, which sees the release's secrets. Raises GitlabError."""
     prefix, image = found.get("container_registry_image_prefix"), settings.ci_job_image or ""
-    if not prefix or not image.startswith((f"{prefix}/", f"{prefix}:")) or "@sha256:" in image:
+    if not prefix or not f"{image}/".startswith((f"{prefix}/", f"{prefix}:")) or "@sha256:" in image:
         return []
-    repository, _, name = image.removeprefix(f"{str(prefix).partition('/')[0]}/").rpartition(":")
+    repository, _, name = image.removeprefix(f"{str(prefix).partition('/')[0]}/").partition(":")
+    name = name or "latest"
     tags = rules_of(project, "tag")
     repositories = rules_of(project, "repository")
     if tags is None and repositories is None:

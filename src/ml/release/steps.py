@@ -46,12 +46,12 @@ BUNDLE = (bundle.MODEL, bundle.GOLDEN, bundle.EXPERIMENT)
 NOBODY = "Nobody has reviewed what this commit gives"
 LET_IT = (
     "Nothing was released. Bring it in by a merge request; or let a Maintainer set the variable RELEASE_WITHOUT_REVIEW=1 "
-    "(protected, environment scope release/*), retry this job, and take the variable away again."
+    "(protected, environment scope release/publish), retry this job, and take the variable away again."
 )
 WAYS_ON = (
     "Another merge may have come in between, or outputs have gone from the remotes. Either bring the default branch "
     "into a merge request, let its pipeline run, and merge that; or let a Maintainer set the variable RELEASE_REBUILD=1 "
-    "(protected, environment scope release/*) and retry this job: it trains here and demands the reviewed bytes."
+    "(protected, environment scope release/publish) and retry this job: it trains here and demands the reviewed bytes."
 )
 LATER = "Run the release job again; it goes on where it stopped."
 PUSHER = "See that RELEASE_TOKEN may make it (Settings → Repository → Protected tags)"
@@ -238,9 +238,13 @@ class Release:
                     f"The tag {name} could not be pushed: {pushed.reason}. {PUSHER}, and that no rule of the project "
                     f"forbids it. {LATER}"
                 )
+        earlier = [
+            each.trailers.get("Lock-Sha256", "") for each in self.tags if each.version < package.version
+        ]
+        text = lock_message(package.version)
         if git.show(self.commit, LOCK) == released.lock:
             self.journal.say(f"{LOCK} is committed already")
-        elif refused := tag.commit_lock(settings, self.commit, released.lock, lock_message(package.version)):
+        elif refused := tag.commit_lock(settings, self.commit, released.lock, text, earlier):
             self.journal.warn(
                 f"{LOCK} was not committed to {settings.ci_default_branch}: {refused}. The tag has it."
             )

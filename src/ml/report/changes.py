@@ -1,5 +1,6 @@
 """What the difference can be due to: the two dvc.lock files and the two sets of data, side by side."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -101,20 +102,42 @@ def read_params(content: bytes) -> dict[str, Any]:
         return {}
 
 
-def outdated(lock: Lock) -> list[str]:
-    """What the results of the working folder depend on and are older than: code, pins, params, other stages' outputs.
+def outdated(lock: Lock, commit: str | None = None) -> list[str]:
+    """What the results depend on and are older than: code, pins, params, other stages' outputs, data under DVC.
 
-    Data is not read for this: it may be large, and a job that reports has no need of it.
+    Of the working folder, or of `commit`, whose dvc.lock `lock` is: one that was merged and not yet released still has
+    the results of what came before it. Data itself is not read for this, only its .dvc file: it may be large.
     """
-    hashes = {path: md5 for path, md5 in lock.sources.items() if path.endswith(CODE_SUFFIXES) or path == PINS}
-    edited = [path for path in hashes if Path(path).is_file() and files.md5(Path(path)) != hashes[path]]
+
+    def content(path: str) -> bytes | None:
+        if commit is not None:
+            return git.show(commit, path)
+        return Path(path).read_bytes() if Path(path).is_file() else None
+
+    edited = []
+    for path, md5 in lock.sources.items():
+        if path.endswith(CODE_SUFFIXES) or path == PINS:
+            now = content(path)
+            found = None if now is None else hashlib.md5(now, usedforsecurity=False).hexdigest()
+        else:
+            found = tracked_md5(content(f"{path}.dvc"))
+        if found not in (None, md5):
+            edited.append(path)
     deps = [dep for stage in lock.stages.values() for dep in stage.deps.items()]
     remade = {path for path, md5 in deps if lock.outs.get(path, md5) != md5}
-    present = read_params(present_params())
+    present = read_params(content(str(PARAMS_FILE)) or b"")
     params = [
         key for key in lock.params if key in present and as_json(present, key) != as_json(lock.params, key)
     ]
     return sorted({*edited, *remade}) + sorted(params)
+
+
+def tracked_md5(content: bytes | None) -> str | None:
+    """What a .dvc file says of its data; None where there is none, or it cannot be read."""
+    try:
+        return str(YAML(typ="safe").load(content or b"")["outs"][0]["md5"])
+    except (YAMLError, ValueError, AttributeError, RecursionError, TypeError, LookupError):
+        return None
 
 
 def as_json(table: dict[str, Any], key: str) -> str | None:

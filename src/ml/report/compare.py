@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -346,6 +347,12 @@ def run(
     try:
         baseline = find_baseline(revision)
         changes = compare_locks(candidate.side.lock, baseline.lock, str(baseline.commit))
+        if late := outdated(baseline.lock, baseline.commit):
+            text = (
+                f"{LOCK} of the baseline is older than the baseline itself, which has been merged and not released yet. So "
+                "the difference is not this merge request's alone; a pipeline on top of the release tells what is"
+            )
+            notes.append(Note(text=text, detail=", ".join(late)))
         old = load_baseline(baseline)
         findings = other_class_names(candidate.class_names, old.class_names) or compare(
             candidate, old, params, bins
@@ -392,6 +399,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ml.report.compare", description=(__doc__ or "").splitlines()[0]
     )
+    # a matplotlibrc in the checkout, which is read from the working folder, would draw a merge request's own pictures
+    matplotlib.rcdefaults()
     parser.add_argument(
         "--baseline",
         metavar="REV",

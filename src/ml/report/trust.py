@@ -29,6 +29,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     PACKAGE: (
         "src/ml/report/",
         "src/ml/release/",
+        # empty; what is written there runs before every module below it
+        "src/ml/__init__.py",
+        "src/ml/task/__init__.py",
         *(
             f"src/ml/{module}.py"
             for module in "bundle errors files git lock params plots remotes section settings validation".split()
@@ -37,7 +40,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     MEASURES: ("src/ml/metrics.py", "src/ml/stages/evaluate.py", "dvc.yaml"),
     f"The jobs{IN_FORCE}": (".gitlab-ci.yml", "*.gitlab-ci.yml", "templates/", ".ci/", ".gitlab/ci/"),
     "The image of the jobs": ("Dockerfile", ".dockerignore", "deploy/image/", "pyproject.toml", PINS),
-    f"Where results lie{IN_FORCE}": (".dvc/config",),
+    f"Where results lie{IN_FORCE}": (".dvc/config", ".dvc/config.local"),
 }
 # What those who judge import: another version of one may judge otherwise.
 PACKAGES = frozenset(
