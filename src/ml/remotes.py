@@ -195,12 +195,15 @@ class Place:
 def in_words(error: BaseException) -> str:
     """The error and what is at the bottom of it, where it does not say that itself."""
     cause = error
-    while (
-        below := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    ) is not None:
+    while (below := cause_of(cause)) is not None:
         cause = below
     lines = [" ".join(f"{type(each).__name__}: {each}".split())[:500] for each in (error, cause)]
     return lines[0] if cause is error or str(cause) in lines[0] else ": ".join(lines)
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """What a traceback would show above it."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def remedy_of(kind: str, said: str) -> str | None:

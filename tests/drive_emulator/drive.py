@@ -141,9 +141,8 @@ class GoogleDrive:
         self.page_size = 1000  # at most; Drive may give less than asked for
         self.token_seconds = 3600.0
         self.keeps_half = False  # of the first part of each upload, as Drive may
-        self.before: Callable[[str], None] = (
-            lambda method: None
-        )  # called with each request's method, to hold it up
+        # called with each request's method, to hold it up
+        self.before: Callable[[str], None] = lambda method: None
 
     # what somebody does in Google's consoles ------------------------------------------------------------------------
 
