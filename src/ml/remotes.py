@@ -37,8 +37,10 @@ DRIVE_REMEDIES = {
     "teamDriveFileLimitExceeded": "The Shared Drive holds as many files as Google allows: delete folders of closed merge "
     "requests below merge-requests/, or take another Drive",
     "accessNotConfigured": "Enable the Google Drive API in the Google Cloud project of the service account",
-    "rateLimitExceeded": "Google takes no more requests of this project for the moment, and 16 tries did not help: run the "
-    "job again in some minutes, or ask for a higher quota in Google Cloud",
+    "rateLimitExceeded": "Google takes no more requests of this project for the moment: run the job again in some minutes "
+    "(what has arrived stays), or ask for a higher quota in Google Cloud",
+    "teamDriveMembershipRequired": "Add the service account's address to the members of the Shared Drive: that a folder on "
+    "it is shared with the account is not enough",
     "permissions": "Make the service account a Content manager of the Shared Drive",
     "invalid_grant": "Google does not know this key of the service account: it was deleted, or this machine's clock is "
     "wrong. Make a new key",
