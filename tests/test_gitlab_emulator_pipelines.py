@@ -11,7 +11,8 @@ import requests
 
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.protection import BranchRule, ContainerTagRule, TagRule
-from tests.gitlab_emulator_fixtures import DEVELOPER, MAINTAINER, REPORTER, address, ask, emulator, git
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER, REPORTER
+from tests.gitlab_emulator_fixtures import address, ask, emulator, git
 
 
 @pytest.fixture
