@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from ml import files
 from ml.errors import UserError
-from ml.release import publish
+from ml.release import pipeline, publish
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.protection import BranchRule, TagRule
 from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
@@ -196,7 +196,9 @@ class ReleaseProject:
         ref = head if kind == "head" else self.merged(onto, head, f"refs/merge-requests/{iid}/{kind}")
         folder = self.clone(ref)
         variables = self.gitlab.environment(iid) | {"CI_COMMIT_SHA": ref, "DVC_REMOTE_URL": str(self.remote)}
-        run(folder, sys.executable, "-m", "ml.release.pipeline", environment=variables | environment)
+        with job(folder, variables | environment), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["pipeline"])
+            pipeline.main()
         jobs = {
             "pipeline": {
                 "dvc.lock": (folder / "dvc.lock").read_bytes(),
