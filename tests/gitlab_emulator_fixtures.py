@@ -8,8 +8,8 @@ from typing import Any
 import requests
 
 from tests.gitlab_emulator import GitLabEmulator
+from tests.gitlab_emulator.rights import MAINTAINER
 
-GUEST, REPORTER, DEVELOPER, MAINTAINER = 10, 20, 30, 40
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -63,4 +63,4 @@ def ask(
     """A request by a new token; `path` is below /api/v4."""
     token = gitlab.state.add_token(gitlab.project, scopes, level)
     headers = {"JOB-TOKEN" if token.is_job else "PRIVATE-TOKEN": token.value}
-    return requests.request(method, f"{gitlab.url}/api/v4{path}", headers=headers, timeout=10, **options)
+    return requests.request(method, f"{gitlab.url}/api/v4{path}", headers=headers, timeout=30, **options)

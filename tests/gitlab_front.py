@@ -1,7 +1,6 @@
 """A web server in front of the emulated GitLab: over TLS with a certificate of a private CA, and below a path."""
 
 import ssl
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,65 +9,6 @@ from typing import Any
 import requests
 
 DROPPED = {"content-length", "transfer-encoding", "connection", "content-encoding", "host", "accept-encoding"}
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def make_certificates(folder: Path) -> Path:
-    """A root, an authority below it, and a certificate of 127.0.0.1: root.pem, ca.pem, server.pem with its key."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    authority = ("-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign")
-    openssl(
-        folder,
-        "req",
-        "-x509",
-        *new_key,
-        "-subj",
-        "/CN=root",
-        "-keyout",
-        "root.key",
-        "-out",
-        "root.pem",
-        *authority,
-    )
-    signed = ("-CA", "root.pem", "-CAkey", "root.key")
-    openssl(
-        folder,
-        "req",
-        "-x509",
-        *new_key,
-        "-subj",
-        "/CN=ca",
-        "-keyout",
-        "ca.key",
-        "-out",
-        "ca.pem",
-        *signed,
-        *authority,
-    )
-    alternative = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE")
-    signed = ("-CA", "ca.pem", "-CAkey", "ca.key")
-    openssl(
-        folder,
-        "req",
-        "-x509",
-        *new_key,
-        "-subj",
-        "/CN=gitlab",
-        "-keyout",
-        "server.key",
-        "-out",
-        "leaf.pem",
-        *signed,
-        *alternative,
-    )
-    (folder / "server.pem").write_text(
-        "".join((folder / name).read_text() for name in ("leaf.pem", "ca.pem"))
-    )
-    return folder
 
 
 class Quiet(ThreadingHTTPServer):

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import requests
 from ruamel.yaml import YAML
 
 from ml import files
 from ml.errors import UserError
-from ml.release import publish
+from ml.release import pipeline, publish
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.protection import BranchRule, TagRule
 from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
+from tests.gitlab_emulator_fixtures import IDENTITY, ask
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python src/stages.py"
@@ -53,11 +53,6 @@ PIPELINE: dict[str, Any] = {
             "outs": ["reports/predictions.npz", "reports/metrics.json"],
         },
     }
-}
-IDENTITY = {
-    f"GIT_{who}_{what}": value
-    for who in ("AUTHOR", "COMMITTER")
-    for what, value in (("NAME", "Dev"), ("EMAIL", "dev@localhost"))
 }
 
 
@@ -201,7 +196,9 @@ class ReleaseProject:
         ref = head if kind == "head" else self.merged(onto, head, f"refs/merge-requests/{iid}/{kind}")
         folder = self.clone(ref)
         variables = self.gitlab.environment(iid) | {"CI_COMMIT_SHA": ref, "DVC_REMOTE_URL": str(self.remote)}
-        run(folder, sys.executable, "-m", "ml.release.pipeline", environment=variables | environment)
+        with job(folder, variables | environment), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["pipeline"])
+            pipeline.main()
         jobs = {
             "pipeline": {
                 "dvc.lock": (folder / "dvc.lock").read_bytes(),
@@ -226,13 +223,8 @@ class ReleaseProject:
     def merge(self, iid: int, method: str = "merge", squash: bool = False, role: int = DEVELOPER) -> str:
         """By GitLab's own merge, by somebody of that role; main's new commit."""
         self.gitlab.project.merge_method = method  # type: ignore[assignment]
-        token = self.gitlab.state.add_token(self.gitlab.project, "api", role).value
-        answer = requests.put(
-            f"{self.gitlab.url}/api/v4/projects/64/merge_requests/{iid}/merge",
-            json={"squash": squash},
-            headers={"PRIVATE-TOKEN": token},
-            timeout=30,
-        )
+        path = f"/projects/64/merge_requests/{iid}/merge"
+        answer = ask(self.gitlab, "PUT", path, level=role, json={"squash": squash})
         assert answer.status_code == 200, answer.text
         return self.main
 

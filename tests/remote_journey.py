@@ -45,9 +45,8 @@ def journey(finished: Project, folder: Path) -> None:
     remote.configure(settings)
     found("its next pipeline", how(pipeline.reproduce(settings, allow_run=False)))
 
-    release = finished.clone(
-        folder / "release"
-    )  # it is merged: main's release job reads its prefix, and writes to main
+    # it is merged: main's release job reads its prefix, and writes to main
+    release = finished.clone(folder / "release")
     release.set_param("evaluate.digits", 3)
     os.chdir(release.folder)
     del os.environ["CI_MERGE_REQUEST_IID"]

@@ -16,9 +16,8 @@ from rehearse.rules import evaluate, needs
 from tests.pipeline_yaml import Expanded, expand, listed, repository
 
 NO_SHA = "0" * 40
-REGISTRY = {
-    "CI_REGISTRY_IMAGE": "registry.example.com/my-group/proj"
-}  # GitLab's, lower case whatever the path is
+# GitLab's, lower case whatever the path is
+REGISTRY = {"CI_REGISTRY_IMAGE": "registry.example.com/my-group/proj"}
 MERGE_REQUEST = gitlab.merge_request(3, NO_SHA, "experiment") | REGISTRY
 BETWEEN_PROTECTED = MERGE_REQUEST | {"CI_COMMIT_REF_PROTECTED": "true"}
 # Run in the fork with the fork's variables, or by a member of the parent in the parent.
@@ -30,18 +29,13 @@ FORK = gitlab.merge_request(3, NO_SHA, "experiment", source_project=gitlab.FORK_
 FORK_IN_PARENT = gitlab.merge_request(3, NO_SHA, "experiment", source_project=gitlab.FORK_ID) | REGISTRY
 PUSH = gitlab.branch() | REGISTRY
 VERSION, MODEL = gitlab.tag("v1.2.3") | REGISTRY, gitlab.tag("model-v1.2.3") | REGISTRY
-INPUTS = (
-    "Dockerfile",
-    "constraints.txt",
-    "pyproject.toml",
-    "deploy/image/requirements.py",
-)  # of the jobs' image
+# Of the jobs' image.
+INPUTS = ("Dockerfile", "constraints.txt", "pyproject.toml", "deploy/image/requirements.py")
 LINT = {"lint", "test"}
 JUDGES = {"preflight", "report", "gate", "preflight-failure", "pipeline-failure", "report-failure"}
 EXPERIMENT = JUDGES | {"pipeline"}
 RELEASE = {"release", "serve-image", "deploy"}
 TRAINS = {"pipeline", "retrain", "reproduce"}
-BUILDKIT = {"ci-image", "ci-image-main", "serve-image"}
 
 SOURCES: dict[str, tuple[dict[str, str], set[str]]] = {
     "merge request": (MERGE_REQUEST, LINT | EXPERIMENT),

@@ -21,7 +21,8 @@ from rehearse.runner import Missing, node
 from tests import foreign_clients
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.protection import BranchRule
-from tests.gitlab_emulator_fixtures import DEVELOPER, IDENTITY, MAINTAINER, address, emulator, git
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
+from tests.gitlab_emulator_fixtures import IDENTITY, address, emulator, git
 
 Test = TypeVar("Test", bound=Callable[..., None])
 tried: dict[str, bool] = {}

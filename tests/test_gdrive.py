@@ -195,18 +195,34 @@ def test_service_account_without_a_shared_drive_is_told_to_use_one(team: Team) -
     assert "has to be a folder of a Shared Drive that the account is a Content manager of" in said
 
 
-def test_push_that_google_refuses_in_the_middle_tells_the_remedy(team: Team) -> None:
-    team.preflight()
-    team.google.fail("teamDriveFileLimitExceeded", 10**6, "insert")
-    program = """
+# What the pipeline's job does at its end.
+PUSH = """
 from ml.errors import exit_on_user_error
 from ml.release.push import push
 from ml.settings import load_settings
 exit_on_user_error(lambda: push("main", load_settings()))
 """
-    said = team.project.run(sys.executable, "-c", program, fails=True, **team.environment)
+
+
+def test_push_that_google_refuses_in_the_middle_tells_the_remedy(team: Team) -> None:
+    team.preflight()
+    team.google.fail("teamDriveFileLimitExceeded", 10**6, "insert")
+    said = team.project.run(sys.executable, "-c", PUSH, fails=True, **team.environment)
     assert "failed for" in said and "of 13 objects" in said and "Traceback" not in said
     assert "as many files as Google allows: delete folders of closed merge requests" in said
+
+
+def test_rate_limit_that_the_client_does_not_wait_for_is_named_and_the_next_run_goes_through(
+    team: Team,
+) -> None:
+    team.preflight()
+    team.google.fail("429", 3, "insert")
+    said = team.project.run(sys.executable, "-c", PUSH, fails=True, **team.environment)
+    assert "Rate Limit Exceeded" in said and "run the job again in some minutes" in said
+    assert "Traceback" not in said
+    team.google.faults.clear()
+    team.project.run(sys.executable, "-c", PUSH, **team.environment)
+    assert len([path for path in team.paths if "/files/md5/" in path and path.count("/") == 5]) == 13
 
 
 @pytest.mark.parametrize("role", ["contributor", "viewer"])
@@ -226,8 +242,13 @@ def test_account_of_merge_requests_writes_below_their_folder_alone(team: Team) -
 
 
 def test_reason_for_which_google_lets_nobody_in_is_told_with_its_remedy(team: Team) -> None:
+    team.preflight()
     said = team.preflight(fails=True, **team.key("stranger"))
     assert "File not found" in said and "add it as Content manager" in said
+    [folder] = team.google.children(team.drive, "team")
+    team.google.share(folder, stranger="fileOrganizer")
+    said = team.preflight(fails=True, DVC_REMOTE_URL=f"gdrive://{folder.id}/store", **team.key("stranger"))
+    assert "requires shared drive membership" in said and "members of the Shared Drive: that a folder" in said
     said = team.preflight(fails=True, DVC_REMOTE_URL="gdrive://1nothing/store")
     assert "FOLDER_ID in DVC_REMOTE_URL is wrong" in said
     team.google.fail("accessNotConfigured", 10**6)

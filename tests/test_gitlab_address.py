@@ -10,20 +10,21 @@ from ml.errors import UserError
 from ml.report import publish as publishing
 from ml.report.gitlab_notes import session
 from ml.settings import Settings
+from tests.certificates import make_certificates
 from tests.gitlab_emulator import GitLabEmulator
-from tests.gitlab_front import Front, make_certificates
+from tests.gitlab_front import Front
 
 REPORT = "## Result\n\nDetails."
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
+    return make_certificates(tmp_path_factory.mktemp("certificates"), "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
 def strange_ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certificates(tmp_path_factory.mktemp("strange")) / "root.pem"
+    return make_certificates(tmp_path_factory.mktemp("strange"), "127.0.0.1") / "root.pem"
 
 
 @pytest.fixture

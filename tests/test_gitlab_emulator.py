@@ -11,7 +11,12 @@ from typing import IO, Any
 import gitlab as python_gitlab
 import pytest
 import requests
-from gitlab.exceptions import GitlabAuthenticationError, GitlabCreateError, GitlabGetError
+from gitlab.exceptions import (
+    GitlabAuthenticationError,
+    GitlabCreateError,
+    GitlabGetError,
+    GitlabUpdateError,
+)
 from gitlab.v4.objects import Project
 
 from tests.gitlab_emulator import GitLabEmulator
@@ -361,6 +366,17 @@ def test_release_makes_its_tag_and_is_a_conflict_the_second_time(project: Projec
         project.releases.create(release)
     with pytest.raises(GitlabCreateError, match="422: Ref is not specified"):
         project.releases.create({"tag_name": "v2"})
+
+
+def test_text_of_a_release_has_a_limit(project: Project) -> None:
+    most = "x" * 1_000_000
+    made = project.releases.create({"tag_name": "v1", "ref": "main", "description": most})
+    with pytest.raises(GitlabCreateError, match="400: Description is too long"):
+        project.releases.create({"tag_name": "v2", "ref": "main", "description": f"{most}x"})
+    made.description = f"{most}x"
+    with pytest.raises(GitlabUpdateError, match="400: Description is too long"):
+        made.save()
+    assert [tag.name for tag in project.tags.list(get_all=True)] == ["v1"]
 
 
 def test_job_token_may_release(gitlab: GitLabEmulator) -> None:

@@ -11,7 +11,8 @@ import requests
 
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.protection import BranchRule, ContainerTagRule, TagRule
-from tests.gitlab_emulator_fixtures import DEVELOPER, MAINTAINER, REPORTER, address, ask, emulator, git
+from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER, REPORTER
+from tests.gitlab_emulator_fixtures import address, ask, emulator, git
 
 
 @pytest.fixture
@@ -269,6 +270,24 @@ def test_second_upload_stands_beside_the_first_and_is_served(gitlab: GitLabEmula
     files = ask(gitlab, "GET", f"/projects/64/packages/{package['id']}/package_files").json()
     assert [file["file_name"] for file in files] == ["model.onnx", "model.onnx"]
     assert files[0]["file_sha256"] != files[1]["file_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter"),
+    [
+        ("my model/1.0.0/a", "package_name"),
+        ("model/1..0/a", "package_version"),
+        ("model/1 0/a", "package_version"),
+        ("model/1.0.0/größe.txt", "file_name"),
+        ("model/1.0.0/a%2Fb", "file_name"),
+    ],
+)
+def test_package_of_a_name_that_gitlab_does_not_take_is_refused(
+    gitlab: GitLabEmulator, path: str, parameter: str
+) -> None:
+    answer = ask(gitlab, "PUT", f"/projects/64/packages/generic/{path}", level=DEVELOPER, data=b"x")
+    assert (answer.status_code, answer.json()) == (400, {"error": f"{parameter} is invalid"})
+    assert ask(gitlab, "GET", "/projects/64/packages").json() == []
 
 
 def test_second_upload_is_refused_where_the_group_wants_no_duplicates(gitlab: GitLabEmulator) -> None:

@@ -12,18 +12,18 @@ import requests
 from tests.gitlab_emulator import GitLabEmulator
 from tests.gitlab_emulator.app import ROUTE_MODULES
 from tests.gitlab_emulator.protection import BranchRule, TagRule
-from tests.gitlab_emulator.rights import OLDEST, RIGHTS, TIERS, right
-from tests.gitlab_emulator.routing import route
-from tests.gitlab_emulator_fixtures import (
+from tests.gitlab_emulator.rights import (
     DEVELOPER,
     GUEST,
     MAINTAINER,
+    OLDEST,
     REPORTER,
-    address,
-    ask,
-    emulator,
-    git,
+    RIGHTS,
+    TIERS,
+    right,
 )
+from tests.gitlab_emulator.routing import route
+from tests.gitlab_emulator_fixtures import address, ask, emulator, git
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """The lock gate over real repositories and remotes: what is wrong is caught and named, what is right passes."""
 
+import io
+import os
 import random
 import re
 import shutil
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -116,8 +120,20 @@ def test_stale_lock_names_what_changed(history: History, tmp_path: Path) -> None
 
 
 def gate(project: Project, store: Path, *arguments: str, fails: bool = False, **variables: str) -> str:
-    with inside(project, store):
-        return project.ml("lock_gate", *arguments, fails=fails, **variables)
+    """What the command says in a job with these variables; in this process, as Python's own start takes seconds."""
+    said = io.StringIO()
+    with inside(project, store), pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        for name in [name for name in os.environ if name.startswith(("CI", "GITLAB", "DVC", "AWS"))]:
+            patch.delenv(name)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["lock_gate", *arguments])
+        if fails:
+            with pytest.raises(UserError) as raised:
+                lock_gate.main()
+            return str(raised.value)
+        lock_gate.main()
+    return said.getvalue()
 
 
 def test_command_says_what_is_wrong_and_what_to_do(history: History, tmp_path: Path) -> None:
@@ -179,7 +195,7 @@ def test_lock_that_the_target_branch_brings_into_a_merge_is_no_claim_of_the_merg
 
 def test_baseline_without_a_merge_request_names_the_option(history: History) -> None:
     output = gate(history.project, history.store, "--since-baseline", fails=True)
-    assert "error: This is no merge-request pipeline" in output and "--since REV" in output
+    assert output.startswith("This is no merge-request pipeline") and "--since REV" in output
 
 
 def test_lock_claims_something_new_only_where_it_differs_from_the_revision(

@@ -16,7 +16,7 @@ from ml.errors import UserError
 from ml.release import preflight, remote
 from ml.remotes import Place
 from ml.settings import load_settings
-from tests.drive_emulator.server import authority
+from tests.certificates import make_certificates
 from tests.remote_servers import SERVERS
 
 
@@ -123,7 +123,7 @@ def test_bytes_that_come_back_otherwise_are_refused(
 def test_certificate_of_an_unknown_authority_is_called_one_with_the_variable_that_helps(
     checkout: Path, tmp_path: Path, url: str, endpoint: str, variable: str
 ) -> None:
-    ca_file, chain_file = authority(tmp_path, ("127.0.0.1",))
+    certificates = make_certificates(tmp_path / "certificates", "127.0.0.1")
 
     class Nothing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -136,7 +136,7 @@ def test_certificate_of_an_unknown_authority_is_called_one_with_the_variable_tha
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(chain_file)
+        context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
         server.socket = context.wrap_socket(server.socket, server_side=True)
         server.handle_error = lambda *client: None
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -150,7 +150,7 @@ def test_certificate_of_an_unknown_authority_is_called_one_with_the_variable_tha
         done = run_preflight(**environment)
         assert done.returncode == 1 and "certificate is signed by no authority" in done.stderr, done.stderr
         assert f"a variable of type *File* named {variable}" in done.stderr and "Traceback" not in done.stderr
-        done = run_preflight(**environment, **{variable: str(ca_file)})
+        done = run_preflight(**environment, **{variable: str(certificates / "root.pem")})
         assert "certificate" not in done.stderr  # the server itself refuses
         server.shutdown()
 

@@ -12,6 +12,7 @@ from ml.settings import Settings
 from ml.tracking import registry, trace
 from ml.tracking.lifecycle import State
 from ml.tracking.store import Registry, Version
+from tests.gitlab_emulator_fixtures import IDENTITY
 from tests.released import Releases, make_releases
 
 TAG = "model-v1.2.0"
@@ -36,12 +37,8 @@ def evidence(releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def git(*arguments: str, text: bytes = b"") -> bytes:
-    who = {
-        f"GIT_{one}_{what}": "dev@localhost" for one in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-    }
-    done = subprocess.run(
-        ["git", *arguments], input=text, capture_output=True, check=True, env=os.environ | who
-    )
+    own = os.environ | IDENTITY
+    done = subprocess.run(["git", *arguments], input=text, capture_output=True, check=True, env=own)
     return done.stdout
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from ml.settings import Settings
 from ml.tracking import trace
+from tests.certificates import make_certificates
 from tests.gitlab_emulator import GitLabEmulator
-from tests.gitlab_front import Front, make_certificates
+from tests.gitlab_front import Front
 from tests.release_project import ReleaseProject
 
 pytest_plugins = ["tests.release_fixtures"]
@@ -17,7 +18,7 @@ pytest_plugins = ["tests.release_fixtures"]
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
+    return make_certificates(tmp_path_factory.mktemp("certificates"), "127.0.0.1")
 
 
 @pytest.fixture

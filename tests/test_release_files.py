@@ -5,9 +5,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-import requests
 
 from tests.gitlab_emulator.rights import DEVELOPER, MAINTAINER
+from tests.gitlab_emulator_fixtures import ask
 from tests.release_project import ReleaseProject, published
 
 pytest_plugins = ["tests.release_fixtures"]
@@ -15,23 +15,15 @@ pytest_plugins = ["tests.release_fixtures"]
 BUNDLE = ("model.onnx", "golden.npz", "experiment.json")
 
 
-def ask(project: ReleaseProject, method: str, path: str, role: int = DEVELOPER, **body: Any) -> Any:
+def write(project: ReleaseProject, method: str, path: str, role: int = DEVELOPER, **body: Any) -> None:
     """As somebody of that role."""
-    token = project.gitlab.state.add_token(project.gitlab.project, "api", role).value
-    answer = requests.request(
-        method,
-        f"{project.gitlab.url}/api/v4/projects/64{path}",
-        headers={"PRIVATE-TOKEN": token},
-        timeout=10,
-        **body,
-    )
+    answer = ask(project.gitlab, method, f"/projects/64{path}", level=role, **body)
     assert answer.ok, answer.text
-    return answer
 
 
 def replace(project: ReleaseProject, version: str, name: str) -> None:
     """A Developer uploads another file of the name, which is the one that is served from then on."""
-    ask(project, "PUT", f"/packages/generic/model/{version}/{name}", data=b"the attacker's")
+    write(project, "PUT", f"/packages/generic/model/{version}/{name}", data=b"the attacker's")
 
 
 @pytest.mark.parametrize("name", BUNDLE)
@@ -68,9 +60,9 @@ def test_links_that_do_not_fit_are_named_and_led_back(project: ReleaseProject) -
     [model] = [link for link in links if link["name"] == "model.onnx"]
     path = f"/releases/{quote('model-v1.0.1')}/assets/links"
     elsewhere, more = "https://attacker.test/model.onnx", "https://attacker.test/tool"
-    ask(project, "PUT", f"{path}/{model['id']}", MAINTAINER, json={"url": elsewhere})
-    ask(project, "POST", path, MAINTAINER, json={"name": "tool", "url": more})
-    ask(project, "POST", path, MAINTAINER, json={"name": "image", "url": "https://registry.test/deployed"})
+    write(project, "PUT", f"{path}/{model['id']}", MAINTAINER, json={"url": elsewhere})
+    write(project, "POST", path, MAINTAINER, json={"name": "tool", "url": more})
+    write(project, "POST", path, MAINTAINER, json={"name": "image", "url": "https://registry.test/deployed"})
 
     project.release(merged)
 

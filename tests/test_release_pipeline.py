@@ -76,15 +76,17 @@ def test_stages_run_the_checkouts_code_and_what_drives_them_does_not(
     shutil.copytree(ROOT / "src/ml", installed / "ml", ignore=shutil.ignore_patterns("__pycache__"))
     project = history.project
     shadow = "raise SystemExit('shadowed')\n"
-    code = {"ml/__init__.py": "", "ml/own.py": "WORD = 'of the checkout'\n", "ml/stages/own.py": STAGE}
+    code = {"ml/__init__.py": "", "ml/own.py": "from beside import WORD\n", "ml/stages/own.py": STAGE}
     # what DVC and this package import: neither may come from the checkout
     code |= {"dvc/__init__.py": shadow, "pydantic/__init__.py": shadow}
     for name, text in code.items():
         path = project.folder / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for name in ("sitecustomize.py", "ml.py", "dvc.py"):
+    # at its root, which a stage has on its path, as on a laptop: it may import what lies there
+    for name in ("sitecustomize.py", "dvc.py", "pydantic.py"):
         (project.folder / name).write_text(shadow)
+    (project.folder / "beside.py").write_text("WORD = 'of the checkout'\n")
     stages = YAML(typ="safe").load((project.folder / "dvc.yaml").read_text())
     stages["stages"]["own"] = {
         "cmd": "python -m ml.stages.own",

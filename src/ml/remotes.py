@@ -37,8 +37,10 @@ DRIVE_REMEDIES = {
     "teamDriveFileLimitExceeded": "The Shared Drive holds as many files as Google allows: delete folders of closed merge "
     "requests below merge-requests/, or take another Drive",
     "accessNotConfigured": "Enable the Google Drive API in the Google Cloud project of the service account",
-    "rateLimitExceeded": "Google takes no more requests of this project for the moment, and 16 tries did not help: run the "
-    "job again in some minutes, or ask for a higher quota in Google Cloud",
+    "rateLimitExceeded": "Google takes no more requests of this project for the moment: run the job again in some minutes "
+    "(what has arrived stays), or ask for a higher quota in Google Cloud",
+    "teamDriveMembershipRequired": "Add the service account's address to the members of the Shared Drive: that a folder on "
+    "it is shared with the account is not enough",
     "permissions": "Make the service account a Content manager of the Shared Drive",
     "invalid_grant": "Google does not know this key of the service account: it was deleted, or this machine's clock is "
     "wrong. Make a new key",
@@ -195,12 +197,15 @@ class Place:
 def in_words(error: BaseException) -> str:
     """The error and what is at the bottom of it, where it does not say that itself."""
     cause = error
-    while (
-        below := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    ) is not None:
+    while (below := cause_of(cause)) is not None:
         cause = below
     lines = [" ".join(f"{type(each).__name__}: {each}".split())[:500] for each in (error, cause)]
     return lines[0] if cause is error or str(cause) in lines[0] else ": ".join(lines)
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """What a traceback would show above it."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def remedy_of(kind: str, said: str) -> str | None:

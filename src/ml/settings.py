@@ -158,11 +158,8 @@ class Settings(Environment, BaseSettings):
     def require_baseline(self, option: str) -> str:
         """Raises UserError that names `option`, to be used where there is no merge request."""
         if self.baseline is None:
-            where = (
-                "This merge-request pipeline"
-                if self.ci_merge_request_iid
-                else "This is no merge-request pipeline: it"
-            )
+            in_one = self.ci_merge_request_iid is not None
+            where = "This merge-request pipeline" if in_one else "This is no merge-request pipeline: it"
             raise UserError(
                 f"{where} has neither CI_MERGE_REQUEST_TARGET_BRANCH_SHA nor CI_MERGE_REQUEST_DIFF_BASE_SHA. "
                 f"Name the commit to compare with: {option} REV (forty zeros: none)."

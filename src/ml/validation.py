@@ -14,9 +14,8 @@ from ml.errors import UserError
 MOST = 5  # problems that are told of one file
 # Cc control, Cf format (zero width, BOM, bidi overrides), Cs lone surrogates (no UTF-8), Zl, Zp and Zs other blanks
 INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"})
-CONTENT = re.compile(
-    r"\n\S|^\s*[\[{]|-----BEGIN|\b(ssh|ecdsa|sk-ssh|sk-ecdsa)-\S+ AAAA"
-)  # of a key, JSON, hosts
+# What is in files of keys, JSON or known hosts, and in no path of one.
+CONTENT = re.compile(r"\n\S|^\s*[\[{]|-----BEGIN|\b(ssh|ecdsa|sk-ssh|sk-ecdsa)-\S+ AAAA")
 
 Kind = Literal["value", "token", "line", "file", "command", "text"]
 

@@ -38,10 +38,11 @@ METHODS = DISCOVERY["resources"]["files"]["methods"]
 FIELDS = set(DISCOVERY["schemas"]["File"]["properties"])
 WRITABLE = {"title", "mimeType", "parents", "description", "labels", "modifiedDate", "properties"}
 
-# reason → status, domain, what Drive says
+# reason → status, domain, what Drive says; "429" is a rate limit of Drive's backend, by the reason of the other one
 REASONS = {
     "userRateLimitExceeded": (403, "usageLimits", "User Rate Limit Exceeded"),
     "rateLimitExceeded": (403, "usageLimits", "Rate Limit Exceeded"),
+    "429": (429, "usageLimits", "Rate Limit Exceeded"),
     "storageQuotaExceeded": (
         403,
         "usageLimits",
@@ -56,6 +57,11 @@ REASONS = {
         403,
         "global",
         "The file limit for this shared drive has been exceeded.",
+    ),
+    "teamDriveMembershipRequired": (
+        403,
+        "global",
+        "The attempted action requires shared drive membership.",
     ),
     "backendError": (503, "global", "Backend Error"),
 }
@@ -74,7 +80,7 @@ class DriveError(Exception):
     @classmethod
     def known(cls, reason: str) -> "DriveError":
         status, domain, message = REASONS[reason]
-        return cls(status, reason, message, domain)
+        return cls(status, "rateLimitExceeded" if reason == "429" else reason, message, domain)
 
 
 class TokenError(Exception):
@@ -141,9 +147,8 @@ class GoogleDrive:
         self.page_size = 1000  # at most; Drive may give less than asked for
         self.token_seconds = 3600.0
         self.keeps_half = False  # of the first part of each upload, as Drive may
-        self.before: Callable[[str], None] = (
-            lambda method: None
-        )  # called with each request's method, to hold it up
+        # called with each request's method, to hold it up
+        self.before: Callable[[str], None] = lambda method: None
 
     # what somebody does in Google's consoles ------------------------------------------------------------------------
 
@@ -378,8 +383,10 @@ class GoogleDrive:
                 "The 'includeItemsFromAllDrives' and 'supportsAllDrives' parameters must be set to true.",
                 at="includeItemsFromAllDrives",
             )
-        if drive and email not in self.members.get(drive, {}):
+        if drive and drive not in self.members:
             raise DriveError(404, "notFound", f"Shared drive not found: {drive}", at="driveId")
+        if drive and email not in self.members[drive]:
+            raise DriveError.known("teamDriveMembershipRequired")
         most = int(parameters.get("maxResults", "100"))
         if not 1 <= most <= 1000:
             raise DriveError(

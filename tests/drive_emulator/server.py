@@ -4,8 +4,6 @@ The proxy answers CONNECT and ends TLS itself, with certificates of an authority
 changed in any way talks to www.googleapis.com and oauth2.googleapis.com, and checks their certificates.
 """
 
-import datetime
-import ipaddress
 import json
 import re
 import ssl
@@ -19,67 +17,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
+from tests.certificates import make_certificates
 from tests.drive_emulator.drive import FIELDS, DriveError, GoogleDrive, TokenError
 
 HOSTS = ("www.googleapis.com", "oauth2.googleapis.com")
 
 
-def authority(folder: Path, hosts: tuple[str, ...] = HOSTS) -> tuple[Path, Path]:
-    """An authority's certificate, and a file with key and certificate of these hosts that it signed."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tests")])
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
-
-    def certificate(subject: x509.Name, public: Any, is_ca: bool) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
-            )
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        )
-
-    names = x509.SubjectAlternativeName([alternative(host) for host in hosts])
-    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    root = certificate(ca_name, ca_key.public_key(), True).add_extension(usage, critical=True)
-    leaf = certificate(name, key.public_key(), False).add_extension(names, critical=False)
-    pem = serialization.Encoding.PEM
-    ca_file, chain_file = folder / "ca.pem", folder / "chain.pem"
-    ca_file.write_bytes(root.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    chain_file.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + leaf.sign(ca_key, hashes.SHA256()).public_bytes(pem)
-    )
-    return ca_file, chain_file
-
-
-def alternative(host: str) -> x509.GeneralName:
-    if re.fullmatch(r"[\d.]+", host):
-        return x509.IPAddress(ipaddress.ip_address(host))
-    return x509.DNSName(host)
-
-
 class Proxy(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, drive: GoogleDrive, chain: Path) -> None:
+    def __init__(self, drive: GoogleDrive, certificates: Path) -> None:
         super().__init__(("127.0.0.1", 0), Tunnel)
         self.drive = drive
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(chain)
+        self.context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
         self.refused: list[str] = []  # hosts that are not Google's
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -256,12 +207,12 @@ def parsed(body: bytes) -> dict[str, Any]:
 @contextmanager
 def emulated_drive(folder: Path) -> Iterator[tuple[GoogleDrive, dict[str, str]]]:
     """An empty Drive, and the environment of a client that a company's proxy stands before."""
-    ca_file, chain_file = authority(folder)
+    certificates = make_certificates(folder / "certificates", *HOSTS)
     drive = GoogleDrive()
-    with Proxy(drive, chain_file) as proxy:
+    with Proxy(drive, certificates) as proxy:
         threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
         yield drive, {
             "https_proxy": f"http://127.0.0.1:{proxy.server_port}",
-            "HTTPLIB2_CA_CERTS": str(ca_file),
+            "HTTPLIB2_CA_CERTS": str(certificates / "root.pem"),
         }
         proxy.shutdown()

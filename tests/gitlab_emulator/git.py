@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tests.gitlab_emulator.protection import refused_push
 from tests.gitlab_emulator.rights import DEVELOPER, REPORTER
-from tests.gitlab_emulator.state import Project, Push, State, Token
+from tests.gitlab_emulator.state import MergeRequest, Project, Push, State, Token
 
 ZEROS = "0" * 40
 RECEIVED = "gitlab-received"  # file in the repository: one line for each ref of a push by HTTP
@@ -147,14 +147,12 @@ class Conflict(Exception):
     """Git cannot merge the branch."""
 
 
-def merge(
-    project: Project, branch: str, sha: str, iid: int, title: str, source: str, squash: bool
-) -> tuple[str, str]:
-    """Merge `sha` into the branch: the merge commit and the squash commit, "" where there is none.
+def merge(project: Project, merge_request: MergeRequest, squash: bool) -> tuple[str, str]:
+    """Merge its head into its target: the merge commit and the squash commit, "" where there is none.
 
     Raises Conflict when it conflicts, or would need a rebase for a fast-forward.
     """
-    repository = project.repository
+    repository, sha, branch = project.repository, merge_request.sha, merge_request.target_branch
     assert repository is not None
     tip = git(repository, "rev-parse", branch)
     forward = git(repository, "merge-base", tip, sha) == tip
@@ -163,10 +161,13 @@ def merge(
     tree = git(repository, "merge-tree", "--write-tree", tip, sha, check=False).partition("\n")[0]
     if not tree:
         raise Conflict
-    squashed = git(repository, "commit-tree", tree, "-p", tip, "-m", title) if squash else ""
+    squashed = git(repository, "commit-tree", tree, "-p", tip, "-m", merge_request.title) if squash else ""
     merged = ""
     if project.merge_method == "merge":
-        text = f"Merge branch '{source}' into '{branch}'\n\n{title}\n\nSee merge request {project.path}!{iid}"
+        text = (
+            f"Merge branch '{merge_request.source_branch}' into '{branch}'\n\n{merge_request.title}\n\n"
+            f"See merge request {project.path}!{merge_request.iid}"
+        )
         merged = git(repository, "commit-tree", tree, "-p", tip, "-p", squashed or sha, "-m", text)
     git(repository, "update-ref", f"refs/heads/{branch}", merged or squashed or sha, tip)
     return merged, squashed

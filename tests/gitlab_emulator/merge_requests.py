@@ -110,15 +110,7 @@ def merge_merge_request(call: Call) -> Any:
     squash = str(call.get("squash", "false")).lower() == "true"
     before = git(project.repository, "rev-parse", merge_request.target_branch)
     try:
-        merged, squashed = merge(
-            project,
-            merge_request.target_branch,
-            merge_request.sha,
-            merge_request.iid,
-            merge_request.title,
-            merge_request.source_branch,
-            squash,
-        )
+        merged, squashed = merge(project, merge_request, squash)
     except Conflict:
         raise ApiError(406, "Branch cannot be merged") from None
     merge_request.state = "merged"

@@ -23,12 +23,12 @@ from urllib.parse import quote
 
 from starlette.responses import JSONResponse, Response
 
+from tests.gitlab_emulator.rights import DEVELOPER
 from tests.gitlab_emulator.routing import ApiError, Call, not_found, route
 from tests.gitlab_emulator.state import Json, Project
 
 API = "/projects/:id/ml/mlflow/api/2.0/mlflow"
 FILES = "/projects/:id/packages/ml_models/:version_id/files/*path"
-DEVELOPER = 30
 SEMANTIC = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 NAME = re.compile(r"[\w.\-]+")
 FILE_NAME = re.compile(r"[A-Za-z0-9._\-+ ]+")

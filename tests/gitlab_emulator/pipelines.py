@@ -1,6 +1,7 @@
 """Pipelines, triggers, ci/lint, registry, generic packages (doc/api/pipelines.md, lint.md and the like)."""
 
 import hashlib
+import re
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
@@ -124,12 +125,18 @@ def delete_registry_tag(call: Call) -> Any:
 
 
 PACKAGE = "/projects/:id/packages/generic/:name/:version/:file"
+# Gitlab::Regex: generic_package_name_regex, generic_package_version_regex, generic_package_file_name_regex
+PACKAGE_NAMES = {"name": r"[A-Za-z0-9._+-]+", "version": r"(?!.*\.\.)[\w+.-]+", "file": r"[A-Za-z0-9._+-]+"}
 
 
 @route("PUT", PACKAGE)
 def put_package(call: Call) -> Any:
     """A second file of the same name stands beside the first, unless the group refuses duplicates."""
     key, project = (call["name"], call["version"]), call.project
+    for part, pattern in PACKAGE_NAMES.items():
+        if not re.fullmatch(pattern, call[part], re.ASCII):
+            parameter = "file_name" if part == "file" else f"package_{part}"
+            raise ApiError(400, {"error": f"{parameter} is invalid"})
     package = project.packages.get(key) or Package(call.state.new_id())
     if not project.duplicate_packages and any(known.name == call["file"] for known in package.files):
         raise ApiError(400, "400 Bad request - Duplicate package is not allowed")

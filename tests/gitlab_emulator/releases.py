@@ -11,6 +11,7 @@ from tests.gitlab_emulator.state import Json, Project, now
 
 RELEASES = "/projects/:id/releases"
 PROTECTED = "You are not allowed to create this tag as it is protected."
+DESCRIPTION_LIMIT = 1_000_000  # characters
 LINK_TYPES = ("other", "runbook", "image", "package")
 
 
@@ -19,6 +20,14 @@ def check_tag_right(call: Call, tag: str, told: str = "403 Forbidden") -> None:
     assert call.token is not None
     if not may_create_tag(tag, call.token.access_level, call.project.protected_tags):
         raise ApiError(403, told)
+
+
+def checked_description(call: Call, before: str = "") -> str:
+    """Of the call, else the one before. Raises ApiError for one that is too long (Release validates it)."""
+    description = str(call.get("description", before))
+    if len(description) > DESCRIPTION_LIMIT:
+        raise ApiError(400, f"Description is too long (maximum is {DESCRIPTION_LIMIT} characters)")
+    return description
 
 
 def all_tags(project: Project) -> dict[str, Json]:
@@ -120,6 +129,7 @@ def create_release(call: Call) -> Any:
     if tag in call.project.releases:
         raise ApiError(409, "Release already exists")
     links = [_checked_link(call, link, []) for link in (call.get("assets") or {}).get("links", [])]
+    description = checked_description(call)
     if tag not in all_tags(call.project):
         if call.get("ref") is None:
             raise ApiError(422, "Ref is not specified")
@@ -127,7 +137,7 @@ def create_release(call: Call) -> Any:
     release = {
         "tag_name": tag,
         "name": call.get("name") or tag,
-        "description": call.get("description", ""),
+        "description": description,
         "created_at": now(),
         "released_at": now(),
         "commit": all_tags(call.project)[tag]["commit"],
@@ -155,7 +165,8 @@ def get_release(call: Call) -> Any:
 def update_release(call: Call) -> Any:
     """name, description, released_at. Links have routes of their own."""
     release = _release(call, to_write=True)
-    for name in ("name", "description", "released_at"):
+    release["description"] = checked_description(call, release["description"])
+    for name in ("name", "released_at"):
         release[name] = call.get(name, release[name])
     return release
 

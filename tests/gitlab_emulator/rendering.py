@@ -88,9 +88,8 @@ class Effects:
     html: list[str] = field(default_factory=list)  # tags that the author wrote
     # mentions, issues, commits, labels, emoji, math, … outside code
     references: list[str] = field(default_factory=list)
-    commits: list[str] = field(
-        default_factory=list
-    )  # hashes and ranges outside code: GitLab links those it knows
+    # hashes and ranges outside code: GitLab links those it knows
+    commits: list[str] = field(default_factory=list)
     colors: list[str] = field(default_factory=list)  # in code spans: a chip of the colour stands beside it
     blocks: list[str] = field(default_factory=list)  # diagrams, alerts, task items, …
 

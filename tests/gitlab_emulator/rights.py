@@ -30,16 +30,16 @@ OLDEST = "17.2"
 # between is not documented, so the emulator is strict.
 READS_OF_JOB_TOKEN = "19.0"
 SCOPES = (
-    *(
-        "api",
-        "read_api",
-        "read_user",
-        "read_repository",
-        "write_repository",
-        "read_registry",
-        "write_registry",
-    ),
-    *("create_runner", "manage_runner", "self_rotate"),
+    "api",
+    "read_api",
+    "read_user",
+    "read_repository",
+    "write_repository",
+    "read_registry",
+    "write_registry",
+    "create_runner",
+    "manage_runner",
+    "self_rotate",
 )
 ANY_SCOPE = frozenset(SCOPES)
 

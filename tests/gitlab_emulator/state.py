@@ -100,9 +100,8 @@ class MergeRequest:
     merged_at: str | None = None
     merge_commit_sha: str | None = None
     squash_commit_sha: str | None = None
-    commits: list[str] = field(
-        default_factory=list
-    )  # hashes, those of its diff's versions; kept after the merge
+    # hashes, those of its diff's versions; kept after the merge
+    commits: list[str] = field(default_factory=list)
     notes: dict[int, Note] = field(default_factory=dict)
 
 
@@ -220,9 +219,8 @@ class Project:
     pipelines: list[Json] = field(default_factory=list)  # oldest first
     jobs: dict[int, list[Job]] = field(default_factory=dict)  # by the pipeline's id
     registry: dict[int, Json] = field(default_factory=dict)  # repositories, each with its tags
-    packages: dict[tuple[str, str], Package] = field(
-        default_factory=dict
-    )  # generic ones, by name and version
+    # generic ones, by name and version
+    packages: dict[tuple[str, str], Package] = field(default_factory=dict)
     duplicate_packages: bool = True  # the group's setting "Allow duplicates" of generic packages
 
     @property

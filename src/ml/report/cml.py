@@ -73,18 +73,15 @@ class Cml:
         """This process's environment without what turns CML to another host or sets its flags."""
         foreign = ("CML_", "GITHUB_", "BITBUCKET_", "GIT_", "repo_token")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        trust = {"NODE_EXTRA_CA_CERTS": str(self.ca_file)} if self.ca_file else {}
-        return (
-            kept
-            | trust
-            | {
-                "REPO_TOKEN": self.target.token,
-                "CI_COMMIT_SHA": self.commit,
-                "NODE_OPTIONS": "--no-experimental-fetch",
-                "ITERATIVE_DO_NOT_TRACK": "1",
-                "GIT_CONFIG_GLOBAL": str(Path(folder, "gitconfig")),  # CML adds to the global one
-            }
-        )
+        if self.ca_file:
+            kept["NODE_EXTRA_CA_CERTS"] = str(self.ca_file)
+        return kept | {
+            "REPO_TOKEN": self.target.token,
+            "CI_COMMIT_SHA": self.commit,
+            "NODE_OPTIONS": "--no-experimental-fetch",
+            "ITERATIVE_DO_NOT_TRACK": "1",
+            "GIT_CONFIG_GLOBAL": str(Path(folder, "gitconfig")),  # CML adds to the global one
+        }
 
 
 def find_cml(settings: Settings, target: Target, project_url: str) -> Cml | None:

@@ -206,8 +206,9 @@ def warnings(comparison: Comparison) -> list[str]:
     found = []
     data = comparison.data
     if data and data.in_both_parts is not None and data.in_both_parts > (data.in_both_parts_before or 0):
+        are = f"{plural(data.in_both_parts, 'image')} {'is' if data.in_both_parts == 1 else 'are'}"
         found.append(
-            f"⚠️ With this merge request, {plural(data.in_both_parts, 'image')} {'is' if data.in_both_parts == 1 else 'are'} in both the training and the test part, before "
+            f"⚠️ With this merge request, {are} in both the training and the test part, before "
             f"{data.in_both_parts_before or 0:,}. The test examples among them measure memory."
         )
     return found

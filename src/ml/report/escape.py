@@ -14,8 +14,9 @@ def escape(text: str, limit: int = 200, ellipsis: str = "…") -> str:
     For running text, list items, table cells and the Markdown inside a fold. It is a code span, which GitLab
     leaves alone when it looks for quick actions, mentions, commits, references, links, math and emoji; a text that is
     nothing but a colour (`#fff`, `rgb(…)`) gets a square of it at its side, which tells nothing that the text does
-    not. Its fence is longer than any run of backticks in the text. A pipe would end a table cell even inside a code span, and its escape
-    `\\|` would show a backslash outside tables, so a pipe stands between two spans as an entity, right in both.
+    not. Its fence is longer than any run of backticks in the text. A pipe would end a table cell even inside a code
+    span, and its escape `\\|` would show a backslash outside tables, so a pipe stands between two spans as an entity,
+    right in both.
     Invisible characters and line ends are shown as `\\n`, `\\x1b`, `\\u202e`; longer text ends in `ellipsis`.
 
     Not for a line of raw HTML such as `<summary>…</summary>`, where Markdown is not read; and two results need at

@@ -14,10 +14,9 @@ COMPARISON = files.REPORTS / "comparison.json"
 Verdict = Literal["better", "worse", "no detectable difference", "not comparable", "no baseline"]
 # first_run: there is nothing to compare with yet. not_stored: dvc.lock names results that neither the cache nor the
 # remote, which answered, has. unreachable, corrupt: there are results, but they cannot be had or trusted.
-Code = Literal[
-    "baseline", "candidate", "both", "other", "unknown"
-]  # unknown: neither side has the package's source
 Problem = Literal["first_run", "not_stored", "unreachable", "corrupt"]
+# Whose code judged. unknown: neither side has the package's source.
+Code = Literal["baseline", "candidate", "both", "other", "unknown"]
 
 # Of a change to what judges: the checkout's own counts in its pipeline already, as the package and its image do not.
 IN_FORCE = " (in force here)"

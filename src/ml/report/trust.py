@@ -21,7 +21,7 @@ from ml import git
 from ml.report.changes import PINS, pinned
 from ml.report.result import IN_FORCE, Code, FileChange, Judge, Touched
 
-# What judges, by kind; a folder ends in a slash, a pattern without one is for a file of that name in any folder.
+# What judges, by kind; a folder ends in a slash, and what begins with `*` is for files of such a name in any folder.
 # Paths are those of the repository, or of the project's folder in it.
 PACKAGE = "What judges"
 MEASURES = f"How results are measured{IN_FORCE}"
@@ -76,14 +76,7 @@ class Tree:
 
     def belongs(self, path: str, patterns: tuple[str, ...]) -> bool:
         """Whether a pattern is for the path, as the repository or the project names it."""
-        names = {path, path.removeprefix(self.folder)}
-        return any(
-            name == pattern
-            or (pattern.endswith("/") and name.startswith(pattern))
-            or (pattern.startswith("*") and fnmatch.fnmatchcase(name.rpartition("/")[2], pattern))
-            for name in names
-            for pattern in patterns
-        )
+        return any(fits(name, patterns) for name in (path, path.removeprefix(self.folder)))
 
     def change(self, path: str, lines: tuple[int, int] | None) -> FileChange:
         added, removed = lines or (None, None)
@@ -106,6 +99,15 @@ class Tree:
             return bool(part(before) != part(here.read_bytes() if here.is_file() else b""))
         except (YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return True
+
+
+def fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(
+        name == pattern
+        or (pattern.endswith("/") and name.startswith(pattern))
+        or (pattern.startswith("*") and fnmatch.fnmatchcase(name.rpartition("/")[2], pattern))
+        for pattern in patterns
+    )
 
 
 # ---- Files of which a part matters
@@ -139,11 +141,12 @@ def whose(tree: Tree) -> Code:
     """Whether the package of this process is the baseline's, the candidate's, or of another version than both."""
     source = f"{tree.folder}src/ml/"
     before = {
-        path.removeprefix(source): blob for path, blob in tree.before.items() if path.startswith(source)
+        path.removeprefix(source): digest
+        for path, digest in tree.before.items()
+        if path.startswith(source) and judges(path.removeprefix(source))
     }
     now = judging(tree.root / source, tree.commit)
     installed = judging(Path(ml.__file__).parent, tree.commit)
-    before = {path: blob for path, blob in before.items() if judges(path)}
     if not before and not now:
         return "unknown"
     if installed == before:
@@ -153,10 +156,7 @@ def whose(tree: Tree) -> Code:
 
 def judges(path: str) -> bool:
     """Whether the file of the package `ml` is one that judges."""
-    name = f"src/ml/{path}"
-    return name.endswith(".py") and any(
-        name == p or (p[-1] == "/" and name.startswith(p)) for p in PARTS[PACKAGE]
-    )
+    return path.endswith(".py") and fits(f"src/ml/{path}", PARTS[PACKAGE])
 
 
 def judging(package: Path, commit: str) -> dict[str, str]:

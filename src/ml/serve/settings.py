@@ -23,9 +23,8 @@ class ServeSettings(Environment):
     workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes
     model_store: str = "models"  # a folder | git+PATH_OR_URL | mlflow+http(s)://HOST
     model_tag: str | None = None  # the model at start; the store's newest where it is unset
-    serve_token: Annotated[SecretStr | None, Holds("token")] = (
-        None  # of the routes that change the model; unset: they are refused
-    )
+    # of the routes that change the model; unset: they are refused
+    serve_token: Annotated[SecretStr | None, Holds("token")] = None
     serve_state: Path | None = None  # folder of the pointer and of downloaded models; unset: a temporary one
     serve_max_body: Positive = 10 * 2**20  # bytes of a request
     serve_max_pixels: Positive = 16 * 2**20  # of one image

@@ -30,9 +30,8 @@ from ml.tracking.store import MANIFEST, METRICS_FILE, Registry, Version, manifes
 
 NOTE = re.compile(r"(https?://[^/\s]+/\S+?)/-/merge_requests/(\d+)(?:#note_(\d+))?")
 COMMIT_NOTE = re.compile(r"(https?://[^/\s]+/\S+?)/-/commit/([0-9a-f]{40,64})(?:#note_(\d+))?")
-SUM = re.compile(
-    r"(?m)^([0-9a-f]{64})  (\S+)$"
-)  # in a release tag's message: the SHA-256 of each of its files
+# In a release tag's message: the SHA-256 of each of its files.
+SUM = re.compile(r"(?m)^([0-9a-f]{64})  (\S+)$")
 
 
 class Missing(Exception):
