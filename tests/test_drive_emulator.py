@@ -213,7 +213,7 @@ def test_list_finds_by_title_parent_and_trash_in_pages(google: Google) -> None:
     assert client.list_files("trashed=false").json["items"] == []  # of My Drive
     stranger = Client(client.environment, drive.service_account("stranger"))
     stranger.sign_in(stranger.assertion())
-    assert stranger.list_files(q, **everything).reason == "404 notFound"
+    assert stranger.list_files(q, **everything).reason == "403 teamDriveMembershipRequired"
 
 
 def test_file_of_a_shared_drive_is_found_with_supports_all_drives_alone(google: Google) -> None:
