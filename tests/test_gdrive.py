@@ -314,4 +314,5 @@ def test_key_that_is_none_is_refused_by_name_and_not_shown(
 
 def test_key_in_a_variable_works_as_one_in_a_file_does(team: Team) -> None:
     path = Path(team.environment.pop("GDRIVE_SERVICE_ACCOUNT_FILE"))
-    team.preflight(GDRIVE_CREDENTIALS_DATA=json.dumps(json.loads(path.read_text())))
+    told = team.preflight(GDRIVE_CREDENTIALS_DATA=json.dumps(json.loads(path.read_text())))
+    assert "can be written to and read" in told

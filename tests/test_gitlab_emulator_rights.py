@@ -206,6 +206,7 @@ def test_git_reads_and_writes_by_scope_and_role(
     url = address(gitlab, scopes, level)
     git(work, "ls-remote", url, fails=not reads)
     git(work, "push", url, "HEAD:refs/heads/other", fails=not writes)
+    assert [push.ref for push in gitlab.project.pushes] == ["refs/heads/other"] * writes
 
 
 PUSHES = {

@@ -152,7 +152,8 @@ def test_job_by_another_name_is_said_with_those_that_there_are(project: ReleaseP
 def test_merge_without_a_successful_pipeline_is_said(project: ReleaseProject) -> None:
     project.propose(5, "Train for five epochs", epochs=5)
     project.merge(5)
-    stops(project, "no pipeline of .*merge_requests/5 has succeeded")
+    message = stops(project, "no pipeline of .*merge_requests/5 has succeeded")
+    assert "Nobody has reviewed" in message
 
 
 def test_token_that_may_not_read_artifacts_is_no_absent_receipt(project: ReleaseProject) -> None:
@@ -170,6 +171,7 @@ def test_receipt_of_another_pipeline_stops(project: ReleaseProject, change: dict
     job_of(project, "pipeline").artifacts["reports/receipt.json"] = forged
     project.merge(4)
     stops(project, "the receipt of !4 is about commit .* and was found in pipeline")
+    assert not project.gitlab.project.pushes[-1].ref.startswith("refs/tags/model-v1.0.1")
 
 
 @pytest.mark.parametrize(
